@@ -1,0 +1,289 @@
+"""Plain torch truth for every op, written to be read. Also what ``impl="torch"`` runs.
+
+Attention computes in ``compute`` (float64 for tests, float32 as an implementation). Given a 16-bit
+``compute`` it rounds where an eager model rounds: scores and probabilities in that dtype, softmax in
+float32. These functions read lens on the host, so they synchronise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INF = float("inf")
+
+
+# ---------------------------------------------------------------- attention
+
+
+def dequantise(x: Tensor, scale: Tensor | None, compute: torch.dtype) -> Tensor:
+    """x [N, H, D] times a scale a head [H]."""
+    wide = x.to(torch.promote_types(torch.float32, compute) if scale is not None else compute)
+    return (wide * scale.to(wide.dtype)[:, None]).to(compute) if scale is not None else wide
+
+
+def visible(n: int, L: int, causal: bool, window: int, tree: Tensor | None, device: torch.device) -> Tensor:
+    """Which of L keys each of the last n queries may see: bool [n, L]."""
+    at = torch.arange(L - n, L, device=device)[:, None]
+    key = torch.arange(L, device=device)[None, :]
+    seen = (at >= 0).expand(n, L).clone()
+    if tree is not None:
+        new = key - (L - n)
+        inside = tree[:, new[0].clamp(0, n - 1)]
+        seen &= torch.where(new < 0, torch.ones_like(inside), inside)
+    elif causal:
+        seen &= key <= at
+    if window and (causal or tree is not None):
+        seen &= key > at - window
+    elif window:
+        seen &= (key - at).abs() < window
+    return seen
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    compute: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """One sequence: q [n, Hq, D], k [L, Hkv, D], v [L, Hkv, Dv], seen [n, L] -> out [n, Hq, Dv], lse [n, Hq]."""
+    soft = torch.promote_types(compute, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (t.to(compute).transpose(0, 1) for t in (q, k, v))
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    scores = (q @ k.transpose(1, 2)).to(soft) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.to(compute).to(soft).masked_fill(~seen, -INF)
+    if sinks is not None:
+        sink = sinks.to(soft)[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, sink], -1)
+        v = torch.cat([v, torch.zeros_like(v[:, :1]) if v.shape[1] else v.new_zeros(v.shape[0], 1, v.shape[2])], 1)
+    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:2], -INF)
+    p = torch.exp(scores - torch.where(lse == -INF, 0.0, lse)[..., None]).to(compute)
+    return (p @ v).transpose(0, 1), lse.transpose(0, 1)
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    lens: Tensor,
+    cu_q: Tensor,
+    *,
+    scale: float,
+    out_scale: float = 1.0,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    compute: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D] over pages [P, S, Hkv, D] -> out [T, Hq, Dv] and lse [T, Hq], both in at least ``compute``."""
+    soft = torch.promote_types(compute, torch.float32)
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[3], dtype=compute, device=q.device)
+    lse = torch.full(q.shape[:2], -INF, dtype=soft, device=q.device)
+    page_size = k.shape[1]
+    starts = cu_q.tolist()
+    for b, L in enumerate(lens.tolist()):
+        rows = slice(starts[b], starts[b + 1])
+        n = starts[b + 1] - starts[b]
+        at = torch.arange(L, device=q.device)
+        page, slot = pages[b].long()[at // page_size], at % page_size
+        seen = visible(n, L, causal, window, None if tree_mask is None else tree_mask[b], q.device)
+        keys = dequantise(k[page, slot], k_scale, compute)
+        values = dequantise(v[page, slot], v_scale, compute)
+        o, lse[rows] = attention(q[rows], keys, values, seen, scale=scale, softcap=softcap, sinks=sinks, compute=compute)
+        out[rows] = o * out_scale
+    return out, lse
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    compute: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """q [T, H, D], k [N, Hk, D], v [N, Hk, Dv], without pages."""
+    soft = torch.promote_types(compute, torch.float32)
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=compute, device=q.device)
+    lse = torch.full(q.shape[:2], -INF, dtype=soft, device=q.device)
+    starts, ends = cu_q.tolist(), cu_k.tolist()
+    for b in range(len(starts) - 1):
+        rows, keys = slice(starts[b], starts[b + 1]), slice(ends[b], ends[b + 1])
+        seen = visible(starts[b + 1] - starts[b], ends[b + 1] - ends[b], causal, window, None, q.device)
+        out[rows], lse[rows] = attention(
+            q[rows], k[keys], v[keys], seen, scale=scale, softcap=softcap, sinks=sinks, compute=compute
+        )
+    return out, lse
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two partial attentions over disjoint keys as one: out [..., Dv] and lse [...]. A part with lse -inf has no say."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    base = torch.where(lse == -INF, 0.0, lse)
+    parts = []
+    for out, part in ((out_a, lse_a), (out_b, lse_b)):
+        weight = torch.exp(part - base)[..., None]
+        parts.append(torch.where(weight > 0, out.to(lse.dtype), 0.0) * weight)
+    return parts[0] + parts[1], lse
+
+
+# ---------------------------------------------------------------- cache
+
+
+def quantise_kv(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """x [T, H, D] as a cache of ``dtype`` stores it; scale [H]."""
+    if dtype not in (torch.int8, torch.float8_e4m3fn):
+        return x.to(dtype)
+    x = x.float() if scale is None else x.float() / scale[:, None]
+    return x.round().clamp(-127, 127).to(torch.int8) if dtype == torch.int8 else x.clamp(-448, 448).to(dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    page_size = k_cache.shape[1]
+    keep = slots >= 0
+    page, slot = slots[keep] // page_size, slots[keep] % page_size
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        new = quantise_kv(x[keep], cache.dtype, scale)
+        if cache.dtype == torch.float8_e4m3fn:  # indexed writes do not exist for it
+            cache.view(torch.uint8)[page, slot] = new.view(torch.uint8)
+        else:
+            cache[page, slot] = new
+
+
+# ---------------------------------------------------------------- gemm
+
+
+def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (int8 or e4m3 [M, K], float32 scale [M])."""
+    top = 127.0 if dtype == torch.int8 else 448.0
+    x = x.float()
+    scale = x.abs().amax(1) / top if x.shape[1] else x.new_zeros(x.shape[0])
+    scale = torch.where(scale == 0, 1.0, scale)
+    scaled = x / scale[:, None]
+    return (scaled.round() if dtype == torch.int8 else scaled).clamp(-top, top).to(dtype), scale
+
+
+def w8a8_gemm(a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, compute: torch.dtype = torch.float64) -> Tensor:
+    """(a . w^T) * a_scale * w_scale + bias, all in ``compute``; exact for int8 up to K = 2^17 in float32 blocks or float64."""
+    product = a.to(compute) @ w.to(compute).t()
+    out = product * a_scale.to(compute).reshape(-1, 1) * w_scale.to(compute).reshape(1, -1)
+    return out if bias is None else out + bias.to(compute)
+
+
+# ---------------------------------------------------------------- sampling
+
+_M = (0xD2511F53, 0xCD9E8D57)
+_W = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b for b below 2^32, in int64 without overflow."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    middle = high + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(seeds: Tensor, offsets: Tensor, V: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011): uint32 [B, V] in int64. Key: the seed; counter: (v // 4, offset, offset >> 32, 0)."""
+    k0, k1 = (seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]
+    c0 = torch.arange((V + 3) // 4, device=seeds.device)[None, :].expand(seeds.shape[0], -1)
+    c1 = (offsets & _MASK)[:, None].expand_as(c0)
+    c2 = ((offsets >> 32) & _MASK)[:, None].expand_as(c0)
+    c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(_M[0], c0)
+        hi1, lo1 = _mulhilo(_M[1], c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W[0]) & _MASK, (k1 + _W[1]) & _MASK
+    return torch.stack([c0, c1, c2, c3], -1).flatten(1)[:, :V]
+
+
+def gumbel(seeds: Tensor, offsets: Tensor, V: int) -> Tensor:
+    """-log(E) with E ~ Exp(1), float32 [B, V]. Small E keeps all its bits, so two winners hardly ever tie."""
+    u = ((philox(seeds, offsets, V).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u / 5))))
+    return -torch.log(torch.where(u < 0.02, series, -torch.log(1 - u)))
+
+
+def processed_logits(logits: Tensor, o: dict[str, Tensor]) -> Tensor:
+    """Step 1 and 2: float32 logits after penalties, bias and the allowed mask. ``o`` holds tensors [B] or [B, ...]."""
+    x = logits.float().clamp(max=torch.finfo(torch.float32).max)
+    counts, prompt = o.get("counts"), o.get("prompt_mask")
+    seen = torch.zeros_like(x, dtype=torch.bool)
+    if counts is not None:
+        seen |= counts > 0
+    if prompt is not None:
+        seen |= prompt
+    r = o["repetition_penalty"][:, None]
+    x = torch.where(seen, torch.where(x > 0, x / r, x * r), x)
+    if counts is not None:
+        x = x - o["frequency_penalty"][:, None] * counts
+        x = x - o["presence_penalty"][:, None] * (counts > 0)
+    if "logit_bias" in o:
+        x = x + o["logit_bias"]
+    if "allowed" in o:
+        v = torch.arange(x.shape[1], device=x.device)
+        x = x.masked_fill((o["allowed"][:, v // 32] >> (v % 32)) & 1 == 0, -INF)
+    return x
+
+
+def survivors(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Steps 4 to 6 on x = logits / temperature: bool [B, V]. Order is x descending, id ascending."""
+    V = x.shape[1]
+    ordered, order = torch.sort(x, dim=1, descending=True, stable=True)
+    rank = torch.arange(V, device=x.device)[None, :]
+    k = torch.where((top_k <= 0) | (top_k >= V), V, top_k)[:, None]
+    keep = (rank < k) & (ordered > -INF)
+    p = torch.softmax(ordered.double().masked_fill(~keep, -INF), 1)
+    before = torch.cumsum(p, 1) - p
+    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
+    keep &= ordered >= ordered[:, :1] + torch.log(min_p[:, None])
+    return torch.zeros_like(keep).scatter(1, order, keep)
+
+
+def sample(logits: Tensor, seeds: Tensor, o: dict[str, Tensor], logprobs: int | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """tokens [B], valid [B], and the logprobs and ids [B, 1 + n]. ``o`` holds every option as a tensor [B]."""
+    B, V = logits.shape
+    x = processed_logits(logits, o)
+    valid = ~torch.isnan(logits).any(1) & (x > -INF).any(1)
+    x = torch.where(valid[:, None], x, 0.0)
+    t = o["temperature"][:, None]
+    warm = x / torch.where(t == 0, 1.0, t)
+    kept = survivors(warm, o["top_k"], o["top_p"], o["min_p"])
+    noisy = (warm + gumbel(seeds, o["offset"], V)).masked_fill(~kept, -INF)
+    # torch.argmax does not promise the lowest id on ties; a stable sort's first does.
+    tokens = torch.where(t[:, 0] == 0, _first_argmax(x), _first_argmax(noisy))
+    tokens = torch.where(valid, tokens, 0)
+    if logprobs is None:
+        return tokens, valid, None, None
+    raw = torch.log_softmax(logits.float().clamp(max=torch.finfo(torch.float32).max).double(), 1).float()
+    values, ids = torch.sort(raw, dim=1, descending=True, stable=True)
+    ids = torch.cat([tokens[:, None], ids[:, :logprobs]], 1)
+    return tokens, valid, raw.gather(1, ids), ids
+
+
+def _first_argmax(x: Tensor) -> Tensor:
+    V = x.shape[1]
+    at_top = x == x.amax(1, keepdim=True)
+    ids = torch.arange(V, device=x.device)
+    return torch.where(at_top, ids, V - 1).amin(1)

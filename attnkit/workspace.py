@@ -1,0 +1,72 @@
+"""Scratch memory that kernels share between calls, so that a call allocates nothing but its output.
+
+Kept per device and stream: two streams never write the same bytes. Under CUDA-graph capture the
+partials come from the graph's own pool, which keeps them alive and lets later nodes reuse them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_partials: dict[tuple[torch.device, int], torch.Tensor] = {}
+_counters: dict[torch.device, "_Arena"] = {}
+_eager_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+#: Zeroed int32 counters set aside a device; each captured launch keeps its own range for good.
+ARENA_COUNTERS = 1 << 20
+EAGER_COUNTERS = 1 << 16
+
+
+class _Arena:
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.zeros(ARENA_COUNTERS, dtype=torch.int32, device=device)
+        self.used = 0
+
+    def take(self, n: int) -> torch.Tensor | None:
+        start, self.used = self.used, self.used + (n + 31) // 32 * 32
+        return self.memory[start : start + n] if self.used <= ARENA_COUNTERS else None
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def partials(device: torch.device, nbytes: int) -> torch.Tensor:
+    """At least ``nbytes`` of uninitialised memory, uint8, 256-byte aligned; valid until the next call's launch."""
+    if _capturing(device):
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    key = (device, _stream(device))
+    held = _partials.get(key)
+    if held is None or held.numel() < nbytes:
+        size = max(nbytes, 1 << 20)
+        held = _partials[key] = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=device)
+    return held
+
+
+def counters(device: torch.device, n: int) -> torch.Tensor:
+    """``n`` int32 counters that hold zero; the kernel that uses them must leave them zero.
+
+    A captured launch gets a range no other launch has, so graphs may replay side by side. Where the
+    first use on a device happens inside a capture, the zeroing becomes part of that graph.
+    """
+    if _capturing(device):
+        arena = _counters.get(device)
+        taken = arena.take(n) if arena is not None else None
+        return taken if taken is not None else torch.zeros(n, dtype=torch.int32, device=device)
+    if device not in _counters:
+        _counters[device] = _Arena(device)
+    key = (device, _stream(device))
+    held = _eager_counters.get(key)
+    if held is None or held.numel() < n:
+        held = _eager_counters[key] = torch.zeros(max(n, EAGER_COUNTERS), dtype=torch.int32, device=device)
+    return held
+
+
+def release() -> None:
+    """Give the cached partials and eager counters back to the allocator (captured graphs keep theirs)."""
+    _partials.clear()
+    _eager_counters.clear()

@@ -1,0 +1,110 @@
+"""paged_decode: every kernel, every case, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attnkit
+from attnkit.decode import KERNELS
+from tests import cases, inputs
+from tests.close import assert_close
+from tests.kernels import every, skip_if_declined
+
+
+def run(case, impl, device, seed=0, **more):
+    x = inputs.make(case, device, seed)
+    out = torch.full((*x.q.shape[:-1], case.Dv or case.D), float("nan"), dtype=case.dtype, device=device)
+    got, lse = skip_if_declined(
+        lambda: attnkit.paged_decode(x.q, x.kv, x.table, **x.options, out=out, return_lse=True, impl=impl, **more)
+    )
+    assert got is out
+    return x, got, lse
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+@pytest.mark.parametrize("case", cases.DECODE, ids=cases.ids(cases.DECODE))
+def test_matches_float64(case, impl, device):
+    x, out, lse = run(case, impl, device)
+    truth, plain = x.truth(), x.plain()
+    assert_close(out, truth[0], plain[0])
+    assert_close(lse, truth[1], plain[1].float(), "lse")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS[:2]))
+@pytest.mark.parametrize("case", cases.LARGE_DECODE, ids=cases.ids(cases.LARGE_DECODE))
+def test_large_matches_float64(case, impl, device):
+    test_matches_float64(case, impl, device)
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_three_dimensional_q(impl, device):
+    x = inputs.make(cases.BASE, device)
+    four = skip_if_declined(lambda: attnkit.paged_decode(x.q, x.kv, x.table, impl=impl))
+    three = attnkit.paged_decode(x.q[:, 0], x.kv, x.table, impl=impl)
+    assert three.shape == x.q[:, 0].shape
+    assert torch.equal(three, four[:, 0])
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_empty_batch(impl, device):
+    x = inputs.make(cases.BASE, device)
+    table = attnkit.PageTable(x.table.pages[:0], x.table.lens[:0])
+    out, lse = skip_if_declined(lambda: attnkit.paged_decode(x.q[:0], x.kv, table, return_lse=True, impl=impl))
+    assert out.shape[0] == lse.shape[0] == 0
+
+
+INVARIANT = replace(cases.BASE, lens=(200, 37, 129, 64, 1), batch_invariant=True, Hq=8, Hkv=2)
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_batch_invariant_bits(impl, device):
+    """A sequence alone, and last in a batch, has the bits it has in the middle of another."""
+    x, out, lse = run(INVARIANT, impl, device)
+    for b in range(len(INVARIANT.lens)):
+        alone = attnkit.PageTable(x.table.pages[b : b + 1], x.table.lens[b : b + 1])
+        o, l = attnkit.paged_decode(x.q[b : b + 1], x.kv, alone, return_lse=True, batch_invariant=True, impl=impl)
+        assert torch.equal(o[0], out[b]) and torch.equal(l[0], lse[b])
+    order = torch.tensor([4, 2, 0, 1, 3], device=device)
+    table = attnkit.PageTable(x.table.pages[order], x.table.lens[order])
+    shuffled = attnkit.paged_decode(x.q[order], x.kv, table, batch_invariant=True, impl=impl)
+    assert torch.equal(shuffled, out[order])
+
+
+def test_batch_invariance_has_a_negative_control():
+    """Splitting a row's keys elsewhere changes its bits: the comparison above can fail."""
+    x = inputs.make(replace(INVARIANT, lens=(200,), dtype=torch.float32))
+    whole = x.truth(torch.float32)[0]
+    k, v = x.kv[:, 0], x.kv[:, 1]
+    parts = []
+    for lo, hi in ((0, 112), (112, 200)):
+        at = torch.arange(lo, hi)
+        page, slot = x.table.pages[0].long()[at // 16], at % 16
+        seen = torch.ones(1, hi - lo, dtype=torch.bool)
+        parts += attnkit.reference.attention(x.q[0], k[page, slot], v[page, slot], seen, scale=64**-0.5, compute=torch.float32)
+    merged = attnkit.merge_states(parts[0], parts[1].contiguous(), parts[2], parts[3].contiguous(), impl="torch")[0]
+    assert not torch.equal(merged, whole[0])
+    assert torch.allclose(merged, whole[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_shared_prefix_given_once(impl, device):
+    """One prefix for the whole batch through paged_prefill, each tail through paged_decode, joined by merge_states."""
+    B, S, prefix, tails = 3, 16, 32, (5, 17, 1)
+    case = replace(cases.BASE, lens=(prefix, *(prefix + n for n in tails)))
+    x = inputs.make(case, device)
+    shared = x.table.pages[:1]
+    pages = torch.cat([shared[:, : prefix // S].expand(B, -1), x.table.pages[1:, prefix // S :]], 1).contiguous()
+    whole = attnkit.PageTable(pages, x.table.lens[1:].contiguous())
+    q = x.q[1:, 0].contiguous()
+    want = attnkit.paged_decode(q, x.kv, whole, impl="torch")
+    once = attnkit.PageTable(shared, torch.tensor([prefix], dtype=torch.int32, device=device))
+    tail = attnkit.PageTable(pages[:, prefix // S :].contiguous(), whole.lens - prefix)
+    cu = torch.tensor([0, B], dtype=torch.int32, device=device)
+    a = skip_if_declined(lambda: attnkit.paged_prefill(q, x.kv, once, cu, causal=False, return_lse=True))
+    b = skip_if_declined(lambda: attnkit.paged_decode(q, x.kv, tail, return_lse=True, impl=impl))
+    merged, _ = attnkit.merge_states(*a, *b)
+    assert torch.allclose(merged.float(), want.float(), atol=0.02)
