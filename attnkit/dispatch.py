@@ -65,10 +65,20 @@ class PlanCache:
             for old in list(self.plans)[: CACHE_SIZE // 4]:
                 self.plans.pop(old, None)
         self.plans[key] = plan
+        if _watching:
+            raise _Planned(plan)
         return plan
 
 
+class _Planned(BaseException):
+    """Carries a plan out of a call that ``plan_of`` watches."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+
 _CACHES: list[PlanCache] = []
+_watching = False
 
 
 def forget_plans() -> None:
@@ -77,8 +87,23 @@ def forget_plans() -> None:
         cache.plans.clear()
 
 
+def plan_of(call: Callable[[], Any]) -> Plan:
+    """The plan that ``call``, one call of an op, would run with. It is checked and planned, and not launched."""
+    global _watching
+    forget_plans()
+    _watching = True
+    try:
+        call()
+    except _Planned as planned:
+        return planned.plan
+    finally:
+        _watching = False
+        forget_plans()
+    raise RuntimeError("plan_of: the call planned nothing, wanted a call of one of attnkit's ops")
+
+
 def select(kernels: Sequence[Kernel], sig: Sig, impl: str | None = None) -> Kernel:
-    """The first kernel that serves ``sig`` (and is of ``impl``, where one is named).
+    """The first kernel that serves ``sig`` (and is of ``impl``, where one is named; a kernel's own name is one too).
 
     Raises ValueError for an ``impl`` the op does not have and RuntimeError, with every kernel's
     reason, where none serves.
@@ -86,11 +111,11 @@ def select(kernels: Sequence[Kernel], sig: Sig, impl: str | None = None) -> Kern
     impl = impl or settings.get().impl
     if impl is not None:
         known = sorted({k.impl for k in kernels})
-        if impl not in known:
+        if impl not in known and all(k.name != impl for k in kernels):
             raise ValueError(f"{sig.op}: impl is {impl!r}, wanted one of {', '.join(known)}")
     reasons = []
     for kernel in kernels:
-        if impl is not None and kernel.impl != impl:
+        if impl is not None and impl not in (kernel.impl, kernel.name):
             continue
         reason = kernel.supports(sig)
         if reason is None:

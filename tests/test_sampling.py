@@ -1,0 +1,202 @@
+"""sample: the same token as the float64 reference for the same seed, and the right statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnkit
+from attnkit import reference
+from attnkit.sampling import KERNELS
+from tests.kernels import every, skip_if_declined
+
+SETTINGS = {
+    "plain": {},
+    "greedy": {"temperature": 0.0},
+    "warm": {"temperature": 0.7},
+    "top_k": {"top_k": 20, "temperature": 1.3},
+    "top_k1": {"top_k": 1},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.05},
+    "all": {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "temperature": 0.8},
+}
+
+
+def logits_of(B: int, V: int, device: str, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator(device=device).manual_seed(seed)
+    return (torch.randn(B, V, generator=g, device=device) * 3).to(dtype)
+
+
+def draw(logits, impl, **options):
+    return skip_if_declined(lambda: attnkit.sample(logits, impl=impl, **options))
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_same_tokens_as_the_reference(options, dtype, impl, device):
+    """16-bit logits are full of ties, so this is also the test of their order."""
+    logits = logits_of(6, 1003, device, dtype)
+    for seed in range(3):
+        got = draw(logits, impl, seed=seed * 1000, offset=seed, **options)
+        want = attnkit.sample(logits, impl="torch", seed=seed * 1000, offset=seed, **options)
+        assert torch.equal(got.tokens, want.tokens)
+        assert got.valid.all()
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_every_option_as_a_tensor(impl, device):
+    B, V = 8, 517
+    logits, g = logits_of(B, V, device), torch.Generator(device=device).manual_seed(1)
+
+    def rand(low, high):
+        return torch.rand(B, generator=g, device=device) * (high - low) + low
+
+    temperature = rand(0.5, 1.5)
+    temperature[0] = 0
+    top_k = torch.randint(0, 60, (B,), generator=g, device=device)
+    words = torch.randint(-(2**31), 2**31 - 1, (B, (V + 31) // 32), generator=g, device=device, dtype=torch.int32)
+    words[:, 0] |= 1
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": rand(0.5, 1.0),
+        "min_p": rand(0.0, 0.02),
+        "repetition_penalty": rand(0.8, 1.5),
+        "presence_penalty": rand(-1, 1),
+        "frequency_penalty": rand(-1, 1),
+        "output_counts": torch.randint(0, 3, (B, V), generator=g, device=device, dtype=torch.int32),
+        "prompt_mask": torch.rand(B, V, generator=g, device=device) < 0.3,
+        "logit_bias": torch.randn(V, generator=g, device=device),
+        "allowed": words,
+        "seed": torch.randint(-(2**63), 2**63 - 1, (B,), generator=g, device=device),
+        "offset": torch.arange(B, device=device) + 2**33,
+        "logprobs": 3,
+    }
+    got, want = draw(logits, impl, **options), attnkit.sample(logits, impl="torch", **options)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.top_ids, want.top_ids)
+    assert torch.allclose(got.logprobs, want.logprobs, atol=1e-5)
+    bit = (words.gather(1, (got.tokens // 32)[:, None])[:, 0] >> (got.tokens % 32)) & 1
+    assert (bit == 1).all()
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_a_seed_is_a_row_whatever_the_batch(impl, device):
+    logits = logits_of(7, 300, device)
+    seeds = torch.arange(7, device=device) * 17 + 5
+    whole = draw(logits, impl, seed=seeds, top_p=0.95)
+    for b in (0, 3, 6):
+        assert draw(logits[b : b + 1], impl, seed=seeds[b : b + 1], top_p=0.95).tokens[0] == whole.tokens[b]
+    number = draw(logits, impl, seed=5)
+    rows = draw(logits, impl, seed=torch.arange(7, device=device) + 5)
+    assert torch.equal(number.tokens, rows.tokens)
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_rows_of_nan_and_of_nothing(options, impl, device):
+    """CASES 9, 11 and bad input 5: id 0 and valid=False; the other rows as if they were alone."""
+    logits = logits_of(6, 259, device)
+    clean = draw(logits, impl, seed=3, **options)
+    logits[1, 7] = float("nan")
+    logits[2] = -float("inf")
+    logits[4] = -float("inf")
+    logits[4, 258] = -1e30
+    got = draw(logits, impl, seed=3, **options)
+    assert got.valid.tolist() == [True, False, False, True, True, True]
+    assert got.tokens[1] == got.tokens[2] == 0
+    assert got.tokens[4] == 258
+    assert torch.equal(got.tokens[[0, 3, 5]], clean.tokens[[0, 3, 5]])
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_ties_and_infinity(impl, device):
+    """CASES 27: top_k=1 is argmax, ties go to the lowest id; +inf wins over everything."""
+    logits = torch.zeros(3, 100, device=device)
+    logits[0, [7, 50, 99]] = 2.0
+    logits[2, 41] = float("inf")
+    for options in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}):
+        assert draw(logits, impl, seed=1, **options).tokens.tolist() == [7, 0, 41]
+    assert draw(logits, impl, seed=1).tokens[2] == 41
+    kept = {int(t) for s in range(40) for t in draw(logits[:1], impl, seed=s, top_k=5).tokens}
+    assert kept <= {7, 50, 99, 0, 1} and len(kept) > 2
+
+
+DISTRIBUTIONS = {
+    "flat": lambda V: torch.zeros(V),
+    "peaked": lambda V: torch.cat([torch.tensor([4.0, 3.0, 2.5]), torch.full((V - 3,), -2.0)]),
+    "heavy": lambda V: -torch.log(torch.arange(1, V + 1).float()),
+}
+
+
+def chi_square_z(tokens: torch.Tensor, p: torch.Tensor) -> float:
+    """z of a chi-square over bins of at least 10 expected draws."""
+    n = tokens.numel()
+    counts = torch.bincount(tokens, minlength=p.numel()).double()
+    assert counts[p == 0].sum() == 0, "a token outside the allowed set was drawn"
+    expected = p.double() * n
+    big = expected >= 10
+    seen = torch.cat([counts[big], counts[~big].sum()[None]])
+    want = torch.cat([expected[big], expected[~big].sum()[None]])
+    seen, want = seen[want > 0], want[want > 0]
+    chi = ((seen - want) ** 2 / want).sum().item()
+    freedom = max(1, want.numel() - 1)
+    return (chi - freedom) / (2 * freedom) ** 0.5
+
+
+def statistics(impl, device, options, name, V=128, rows=4096, rounds=256):
+    """rows x rounds >= 1e6 draws, unless fewer are asked for."""
+    x = DISTRIBUTIONS[name](V).to(device)
+    t = options.get("temperature", 1.0)
+    one = {k: torch.tensor([options.get(k, off)], device=device) for k, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))}
+    kept = reference.survivors((x / t)[None], one["top_k"], one["top_p"], one["min_p"])[0]
+    p = torch.softmax((x / t).double().masked_fill(~kept, -torch.inf), 0).cpu()
+    logits = x.expand(rows, V)
+    tokens = torch.cat([draw(logits, impl, seed=123456789, offset=r, **options).tokens for r in range(rounds)])
+    return chi_square_z(tokens.cpu(), p)
+
+
+STATISTICS = [
+    ("flat", {}),
+    ("peaked", {"temperature": 1.5}),
+    ("heavy", {"top_k": 40}),
+    ("heavy", {"top_p": 0.7, "temperature": 0.9}),
+    ("peaked", {"top_k": 30, "top_p": 0.95, "min_p": 0.001}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("impl", "device"), [p for p in every(KERNELS) if p.id in ("cpu", "cuda_sm90")] or every(KERNELS))
+@pytest.mark.parametrize(("name", "options"), STATISTICS, ids=str)
+def test_chi_square_over_a_million_draws(name, options, impl, device):
+    assert abs(statistics(impl, device, options, name)) < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("impl", "device"), [p for p in every(KERNELS) if p.id == "triton"])
+@pytest.mark.parametrize(("name", "options"), STATISTICS, ids=str)
+def test_chi_square_on_the_gpu(name, options, impl, device):
+    assert abs(statistics(impl, device, options, name)) < 5
+
+
+def test_the_statistics_see_a_wrong_temperature():
+    """Negative control: draws at a temperature 10% off fail by far."""
+    x = DISTRIBUTIONS["peaked"](128)
+    tokens = torch.cat([attnkit.sample(x.expand(4096, 128), seed=9, offset=r, temperature=1.1).tokens for r in range(256)])
+    assert abs(chi_square_z(tokens, torch.softmax(x.double(), 0))) > 50
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_strided_rows_and_out(impl, device):
+    wide = torch.full((4, 400), float("nan"), device=device)
+    wide[:, :333] = logits_of(4, 333, device)
+    out = torch.full((4,), -7, dtype=torch.int64, device=device)
+    got = draw(wide[:, :333], impl, seed=1, out=out)
+    assert got.tokens is out
+    assert torch.equal(out, attnkit.sample(wide[:, :333].contiguous(), seed=1, impl="torch").tokens)
+
+
+def test_no_seed_draws_anew():
+    torch.manual_seed(0)
+    logits = torch.zeros(16, 4096)
+    assert not torch.equal(attnkit.sample(logits).tokens, attnkit.sample(logits).tokens)
