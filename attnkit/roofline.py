@@ -23,15 +23,15 @@ class Cost:
     """
     flops  multiplications and additions
     bytes  each input read once, each output written once
-    math   whose product rate bounds it: "bf16" (fp16 too), "int8", "fp8" or "fp32"
+    kind   whose product rate bounds it: "bf16" (fp16 too), "int8", "fp8" or "fp32"
     """
 
     flops: float
     bytes: float
-    math: str = "bf16"
+    kind: str = "bf16"
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.math)
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ class Roof:
 
     def seconds(self, cost: Cost) -> float:
         """The floor under a time."""
-        return max(cost.bytes / self.read, cost.flops / self.product[self._math(cost)])
+        return max(cost.bytes / self.read, cost.flops / self.product[self._kind(cost)])
 
     def bound(self, cost: Cost) -> str:
-        return "memory" if cost.bytes / self.read >= cost.flops / self.product[self._math(cost)] else "compute"
+        return "memory" if cost.bytes / self.read >= cost.flops / self.product[self._kind(cost)] else "compute"
 
-    def _math(self, cost: Cost) -> str:
-        return cost.math if cost.math in self.product else next(iter(self.product))
+    def _kind(self, cost: Cost) -> str:
+        return cost.kind if cost.kind in self.product else next(iter(self.product))
 
     def as_json(self) -> dict[str, Any]:
         return {"read_gbs": self.read / 1e9, **{f"{k}_tflops": v / 1e12 for k, v in self.product.items()}}

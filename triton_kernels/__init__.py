@@ -1,0 +1,1 @@
+"""Triton kernels: the portable path. Imports torch and triton only."""

@@ -91,7 +91,8 @@ def _well_formed(data: Any) -> bool:
     if not isinstance(header.get("versions"), dict) or not isinstance(header.get("sources"), dict):
         return False
     return all(
-        isinstance(buckets, dict) and all(isinstance(e, dict) and isinstance(e.get("config"), dict) for e in buckets.values())
+        isinstance(buckets, dict)
+        and all(isinstance(e, dict) and isinstance(e.get("config"), dict) for e in buckets.values())
         for buckets in entries.values()
     )
 
@@ -155,8 +156,10 @@ def mismatch(data: dict[str, Any], space: Any, arch: Arch) -> str | None:
     return None
 
 
-def lookup(path: Path, space: Any, bucket: Callable[[Any], str], sig: Any, arch: Arch) -> Any | None:
-    """The config that ``path`` holds for ``sig``, or None."""
+def lookup(
+    path: Path, space: Any, bucket: Callable[[Any], str], sig: Any, arch: Arch, quiet: bool = False
+) -> Any | None:
+    """The config that ``path`` holds for ``sig``, or None. ``quiet``: a mismatch is expected, say nothing."""
     data = _memory.get(path) or read(path)
     if data is None:
         return None
@@ -165,7 +168,8 @@ def lookup(path: Path, space: Any, bucket: Callable[[Any], str], sig: Any, arch:
         return None
     why = mismatch(data, space, arch)
     if why is not None:
-        _warn(path, f"{why}; using defaults (run `attnkit tune`)")
+        if not quiet:
+            _warn(path, f"{why}; using defaults (run `attnkit tune`)")
         return None
     entry = buckets.get(bucket(sig))
     if entry is None:

@@ -12,6 +12,10 @@ from .rope import Rope
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "DeepseekV2ForCausalLM")
 _REQUIRED: Any = object()
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -206,9 +210,9 @@ def _rope(f: _Fields, dim: int, max_positions: int) -> Rope:
     for name in needed.get(kind, ()):
         if name not in options:
             raise f.fail(f"{key} has the type {kind!r} but no {name}")
-    for name, value in [("rope_theta", theta), *options.items()]:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (value is None or name == "truncate" or (number and (value > 0 or name.startswith("mscale")))):
+    for name in _ROPE_NUMBERS:
+        value = theta if name == "rope_theta" else options.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
             raise f.fail(f"{name} of {key} is {value!r}, wanted a number above 0")
     if dim % 2:
         raise f.fail(f"the rotated part of a head has {dim} elements, wanted an even number")

@@ -57,7 +57,10 @@ class Rope:
         all_dim = self.options.get("mscale_all_dim")
         if self.kind == "default" or not all_dim:
             return 1.0
-        return _mscale(self.options["factor"], all_dim) ** 2
+        return _mscale(self._factor(), all_dim) ** 2
+
+    def _factor(self) -> float:
+        return self.options.get("factor") or self.max_positions / self.options["original_max_position_embeddings"]
 
     def _llama3(self, inverse: Tensor) -> Tensor:
         """Long wavelengths are stretched by factor, short ones kept, those between blended."""
@@ -74,7 +77,7 @@ class Rope:
         """Dimensions that turn often keep their frequency, those that turn rarely are interpolated."""
         o = self.options
         original = o["original_max_position_embeddings"]
-        factor = o.get("factor") or self.max_positions / original
+        factor = self._factor()
         scale = o.get("attention_factor")
         if scale is None:
             m, all_dim = o.get("mscale"), o.get("mscale_all_dim")

@@ -1,0 +1,324 @@
+"""A shape as something that can be run, checked and timed: what the tuner, the demo and perf/ share.
+
+A case knows its letters, makes its inputs (never zeros: a tensor core runs faster on them), says what it
+costs, and compares an output with the reference. Attention's cases are in workload_attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from attnkit import arch, dispatch, gemm, reference, sampling, timing
+from attnkit.dispatch import Kernel, Plan
+from attnkit.roofline import Cost
+
+Inputs = dict[str, Any]
+C = TypeVar("C", bound="Case")
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+#: Relative L2 error an output of this dtype may have against the reference (close.py in tests/ is stricter).
+LIMITS = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 2e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape of one op. ``label`` replaces the letters in the name where they are too many."""
+
+    family: ClassVar[str]
+    op: ClassVar[str]
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or "-".join(self.letters())
+
+    def letters(self) -> list[str]:
+        raise NotImplementedError
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        raise NotImplementedError
+
+    def build(self, device: torch.device, empty: bool = False) -> Inputs:
+        """The inputs and "out". ``empty`` leaves memory untouched: for planning only."""
+        raise NotImplementedError
+
+    def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
+        """One call that writes x["out"]."""
+        raise NotImplementedError
+
+    def cost(self) -> Cost:
+        raise NotImplementedError
+
+    def small(self) -> Case:
+        """The same options at a size that a CPU checks in a fraction of a second."""
+        raise NotImplementedError
+
+    def error(self, x: Inputs, out: Any = None) -> float:
+        """How far ``out`` (x["out"] unless given) is from the reference, on a sample of it; inf for NaN."""
+        raise NotImplementedError
+
+    @property
+    def limit(self) -> float:
+        """The largest error that still counts as right."""
+        raise NotImplementedError
+
+    def poison(self, x: Inputs) -> None:
+        """Fill x["out"] with what no kernel would write, so that an element left out shows."""
+        out = x["out"]
+        out.fill_(float("nan") if out.is_floating_point() else -1)
+
+    def nbytes(self, x: Inputs) -> int:
+        return sum(t.numel() * t.element_size() for t in x.values() if isinstance(t, Tensor))
+
+
+def sized(case: C, **changes: Any) -> C:
+    """``case`` with other sizes, its label dropped (fields the case does not have are ignored)."""
+    known = {f.name for f in fields(case)}
+    return replace(case, **{"label": "", **{k: v for k, v in changes.items() if k in known}})
+
+
+def rotated(case: Case, x: Inputs, device: torch.device) -> list[Inputs]:
+    """``x`` and as many clones of it as it takes to leave no cache warm."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
+    n = timing.copies(case.nbytes(x), arch.of(device), free)
+    return [x, *({k: v.clone() if isinstance(v, Tensor) else v for k, v in x.items()} for _ in range(n - 1))]
+
+
+def plan(case: Case, x: Inputs, impl: str | None = None, config: Any = None) -> Plan:
+    """What a call would run with; raises RuntimeError with the reasons where no kernel serves."""
+    return dispatch.plan_of(case.call(x, impl, config))
+
+
+def relative_error(out: Tensor, truth: Tensor) -> float:
+    """|out - truth| / |truth| in L2; inf where one is NaN or infinite."""
+    out, truth = out.double(), truth.double()
+    if not bool(torch.isfinite(out).all()):
+        return float("inf")
+    return float((out - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def checked_error(case: Case, x: Inputs, run: Callable[[], Any]) -> float:
+    """Run on a poisoned output and compare."""
+    case.poison(x)
+    result = run()
+    return case.error(x, None if result is None else result)
+
+
+# ---------------------------------------------------------------- gemm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemm(Case):
+    """w8a8_gemm with a scale a token and a channel."""
+
+    family: ClassVar[str] = "gemm"
+    op: ClassVar[str] = "w8a8_gemm"
+    M: int
+    N: int
+    K: int
+    dtype: str = "int8"
+    bias: bool = False
+
+    def letters(self) -> list[str]:
+        return [f"M{self.M}", f"N{self.N}", f"K{self.K}", self.dtype, *(["bias"] if self.bias else [])]
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        return gemm.KERNELS
+
+    def build(self, device: torch.device, empty: bool = False) -> Inputs:
+        M, N, K = self.M, self.N, self.K
+        out = torch.empty(M, N, dtype=torch.bfloat16, device=device)
+        scales = {
+            "a_scale": torch.rand(M, device=device) * 0.02 + 0.01,
+            "w_scale": torch.rand(N, device=device) * 0.02 + 0.01,
+            "bias": torch.randn(N, device=device, dtype=torch.bfloat16) if self.bias else None,
+        }
+        pair = [_eight_bit((rows, K), self.dtype, device, empty) for rows in (M, N)]
+        return {"a": pair[0], "w": pair[1], **scales, "out": out}
+
+    def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
+        a, w, a_scale, w_scale, bias, out = (x[k] for k in ("a", "w", "a_scale", "w_scale", "bias", "out"))
+        return lambda: gemm.w8a8_gemm(a, w, a_scale, w_scale, bias=bias, out=out, impl=impl, config=config)
+
+    def cost(self) -> Cost:
+        return gemm.cost(self.M, self.N, self.K, kind=self.dtype)
+
+    def small(self) -> Gemm:
+        return sized(self, M=min(self.M, 33), N=min(self.N, 144), K=min(self.K, 256))
+
+    def error(self, x: Inputs, out: Any = None) -> float:
+        out = x["out"] if out is None else out
+        rows = _sample(self.M, 64, out.device)
+        truth = reference.w8a8_gemm(x["a"][rows], x["w"], x["a_scale"][rows], x["w_scale"], x["bias"], _wide(self.K))
+        return relative_error(out[rows], truth)
+
+    @property
+    def limit(self) -> float:
+        return 4e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Case):
+    """quantize_per_token."""
+
+    family: ClassVar[str] = "gemm"
+    op: ClassVar[str] = "quantize_per_token"
+    M: int
+    K: int
+    dtype: str = "int8"
+
+    def letters(self) -> list[str]:
+        return ["quantize", f"M{self.M}", f"K{self.K}", self.dtype]
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        return gemm.QUANTIZE_KERNELS
+
+    def build(self, device: torch.device, empty: bool = False) -> Inputs:
+        x = torch.empty(self.M, self.K, dtype=torch.bfloat16, device=device)
+        return {
+            "x": x if empty else x.normal_(),
+            "out": torch.empty(self.M, self.K, dtype=DTYPES[self.dtype], device=device),
+        }
+
+    def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
+        data, out, dtype = x["x"], x["out"], DTYPES[self.dtype]
+
+        def run() -> Tensor:
+            values, scale = gemm.quantize_per_token(data, dtype=dtype, out=out, impl=impl)
+            x["scale"] = scale
+            return values
+
+        return run
+
+    def cost(self) -> Cost:
+        return gemm.quantize_cost(self.M, self.K)
+
+    def small(self) -> Quantize:
+        return sized(self, M=min(self.M, 17), K=min(self.K, 200))
+
+    def error(self, x: Inputs, out: Any = None) -> float:
+        rows = _sample(self.M, 256, x["x"].device)
+        values, scale = reference.quantize_per_token(x["x"][rows], DTYPES[self.dtype])
+        ours = x["out"][rows].float() * x["scale"][rows, None]
+        return relative_error(ours, values.float() * scale[:, None])
+
+    @property
+    def limit(self) -> float:
+        return 1e-4
+
+    def poison(self, x: Inputs) -> None:
+        x["out"].view(torch.uint8).fill_(0x7F)
+
+
+def _eight_bit(shape: tuple[int, int], dtype: str, device: torch.device, empty: bool) -> Tensor:
+    if dtype == "int8":
+        if empty:
+            return torch.empty(shape, dtype=torch.int8, device=device)
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+    x = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    return (x if empty else x.normal_()).to(torch.float8_e4m3fn)
+
+
+def _sample(n: int, most: int, device: torch.device) -> Tensor:
+    """Up to ``most`` of n rows, the first and the last among them."""
+    return torch.linspace(0, n - 1, min(n, most), device=device).round().long().unique()
+
+
+def _wide(K: int) -> torch.dtype:
+    """float32 holds every int8 sum exactly up to K = 1040; above that float64 does."""
+    return torch.float32 if K <= 1040 else torch.float64
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Case):
+    """sample, its options as tensors a row, as an engine gives them. ``penalties`` also brings the counts."""
+
+    family: ClassVar[str] = "sampling"
+    op: ClassVar[str] = "sample"
+    B: int
+    V: int
+    dtype: str = "fp32"
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    penalties: bool = False
+
+    def letters(self) -> list[str]:
+        on = [f"k{self.top_k}"] if self.top_k else []
+        on += [f"p{self.top_p:g}"] if self.top_p < 1 else []
+        on += [f"minp{self.min_p:g}"] if self.min_p else []
+        on += ["penalties"] if self.penalties else []
+        if not on:
+            on = ["temperature" if self.temperature else "greedy"]
+        return [f"B{self.B}", f"V{self.V}", *on, self.dtype]
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        return sampling.KERNELS
+
+    def build(self, device: torch.device, empty: bool = False) -> Inputs:
+        B, V = self.B, self.V
+        logits = torch.empty(B, V, dtype=DTYPES[self.dtype], device=device)
+        if not empty:
+            # A language model's logits: a wide bulk and a few that stand out.
+            logits.normal_(0, 2.5)
+        full = lambda x, dtype=torch.float32: torch.full((B,), x, dtype=dtype, device=device)  # noqa: E731
+        options: Inputs = {"temperature": full(self.temperature)}
+        if self.top_k:
+            options["top_k"] = full(self.top_k, torch.int64)
+        if self.top_p < 1:
+            options["top_p"] = full(self.top_p)
+        if self.min_p:
+            options["min_p"] = full(self.min_p)
+        if self.penalties:
+            options |= {
+                k: full(v)
+                for k, v in (("repetition_penalty", 1.1), ("presence_penalty", 0.2), ("frequency_penalty", 0.1))
+            }
+            options["output_counts"] = (
+                torch.randint(0, 64, (B, V), dtype=torch.int32, device=device).sub_(60).clamp_(min=0)
+            )
+        seed = torch.randint(0, 2**62, (B,), device=device)
+        return {"logits": logits, "seed": seed, **options, "out": torch.empty(B, dtype=torch.int64, device=device)}
+
+    def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
+        logits, rest = x["logits"], {k: v for k, v in x.items() if k != "logits"}
+        return lambda: sampling.sample(logits, **rest, impl=impl, config=config).tokens
+
+    def cost(self) -> Cost:
+        base = sampling.cost(self.B, self.V, DTYPES[self.dtype].itemsize)
+        return base + Cost(0, 4.0 * self.B * self.V if self.penalties else 0.0)
+
+    def small(self) -> Sample:
+        return sized(self, B=min(self.B, 3), V=min(self.V, 1003), top_k=min(self.top_k, 40))
+
+    def error(self, x: Inputs, out: Any = None) -> float:
+        """The share of rows whose token is not the reference's: both draw the same noise."""
+        out = x["out"] if out is None else out
+        rows = _sample(self.B, 16, out.device)
+        off = {name: float(value[0]) for name, value in sampling.OPTIONS.items()}
+        options = {k: x[k][rows] if k in x else torch.full((len(rows),), off[k], device=out.device) for k in off}
+        options = {k: v.long() if sampling.OPTIONS[k][1] else v for k, v in options.items()}
+        if "output_counts" in x:
+            options["counts"] = x["output_counts"][rows]
+        tokens = reference.sample(x["logits"][rows], x["seed"][rows], options)[0]
+        return float((tokens != out[rows]).double().mean())
+
+    @property
+    def limit(self) -> float:
+        """One row in 16 may differ: at a rounding tie two sums in another order choose differently."""
+        return 1 / 16

@@ -1,0 +1,232 @@
+// The CPU kernels of w8a8_gemm and quantize_per_token, built once an instruction set (the macro ATTNKIT_ISA
+// names the namespace). A build defines its Int8 and E4m3 micro kernels before it includes this file:
+//
+//   constexpr int MR, NR;            largest register tile: MR rows of a by NR rows of w
+//   Elem                             element of a packed row;  step: packed rows are padded to multiples of it
+//   Acc                              int32_t or float
+//   Wide                             element of converted w, and `convert(w, n, out)`, if kConverts
+//   tile<mr>(a, a_stride, w, w_stride, k, acc[mr][NR])   adds the products over k elements to acc
+//
+// Both operands are read along K, so weights need no packing: a tile of dot products is summed lane by lane and
+// reduced once at its end. Blocks of K keep NR rows of w in the L1 cache while the rows of a pass by.
+#pragma once
+
+#include "convert.h"
+#include "gemm.h"
+
+namespace attnkit::cpu::ATTNKIT_ISA {
+
+#define ATTNKIT_INLINE static inline __attribute__((always_inline))
+
+// ---------------------------------------------------------------- rows of 16-bit and float values
+
+template <class T>
+ATTNKIT_INLINE void widen(const T* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]);
+}
+
+template <class T>
+ATTNKIT_INLINE void narrow(const float* x, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; ++i) from_float(x[i], out + i);
+}
+
+#if defined(__F16C__)
+ATTNKIT_INLINE void widen(const f16_t* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+  for (; i < n; ++i) out[i] = to_float(x[i]);
+}
+
+ATTNKIT_INLINE void narrow(const float* x, int64_t n, f16_t* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));
+  for (; i < n; ++i) from_float(x[i], out + i);
+}
+#endif
+
+static void widen_any(const void* x, int dtype, int64_t n, float* out) {
+  if (dtype == kFloat32) std::memcpy(out, x, size_t(n) * 4);
+  if (dtype == kBFloat16) widen(static_cast<const bf16_t*>(x), n, out);
+  if (dtype == kFloat16) widen(static_cast<const f16_t*>(x), n, out);
+}
+
+static void narrow_any(const float* x, int64_t n, void* out, int dtype) {
+  if (dtype == kFloat32) std::memcpy(out, x, size_t(n) * 4);
+  if (dtype == kBFloat16) narrow(x, n, static_cast<bf16_t*>(out));
+  if (dtype == kFloat16) narrow(x, n, static_cast<f16_t*>(out));
+}
+
+// ---------------------------------------------------------------- quantisation
+
+template <bool divide>
+ATTNKIT_INLINE void quantise(const float* x, int64_t n, float scale, void* out, int out_type) {
+  int8_t* o8 = static_cast<int8_t*>(out);
+  uint8_t* of = static_cast<uint8_t*>(out);
+  if (out_type == kInt8)
+    for (int64_t i = 0; i < n; ++i) o8[i] = quantise_int8(divide ? x[i] / scale : x[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) of[i] = quantise_e4m3(divide ? x[i] / scale : x[i]);
+}
+
+static void quantise_row(const void* x, int dtype, int64_t K, void* out, int out_type, float* scale, float* wide) {
+  const float* row = static_cast<const float*>(x);
+  if (dtype != kFloat32) {
+    widen_any(x, dtype, K, wide);
+    row = wide;
+  }
+  // Magnitudes order as their bits do, and a NaN's bits are above infinity's: so a NaN wins, as torch's amax has it.
+  uint32_t top = 0;
+  for (int64_t i = 0; i < K; ++i) {
+    uint32_t u = bits_of(row[i]) & 0x7fffffffu;
+    top = u > top ? u : top;
+  }
+  float s = float_of(top) / (out_type == kInt8 ? 127.0f : 448.0f);
+  s = s == 0.0f ? 1.0f : s;
+  quantise<true>(row, K, s, out, out_type);
+  *scale = s;
+}
+
+static void store_row(const void* x, int dtype, int64_t n, void* out, int out_type, const float* scale) {
+  float wide[256];
+  const char* in = static_cast<const char*>(x);
+  const int64_t size = dtype == kFloat32 ? 4 : 2;
+  for (int64_t i = 0; i < n; i += 256) {
+    const int64_t m = n - i < 256 ? n - i : 256;
+    widen_any(in + i * size, dtype, m, wide);
+    void* to = static_cast<char*>(out) + i;
+    if (scale)
+      quantise<true>(wide, m, *scale, to, out_type);
+    else
+      quantise<false>(wide, m, 1.0f, to, out_type);
+  }
+}
+
+static void merge_row(const void* a, const void* b, int dtype, int64_t n, float wa, float wb, void* out) {
+  float x[256], y[256];
+  const int64_t size = dtype == kFloat32 ? 4 : 2;
+  for (int64_t i = 0; i < n; i += 256) {
+    const int64_t m = n - i < 256 ? n - i : 256;
+    widen_any(static_cast<const char*>(a) + i * size, dtype, m, x);
+    widen_any(static_cast<const char*>(b) + i * size, dtype, m, y);
+    for (int64_t j = 0; j < m; ++j) x[j] = (wa > 0.0f ? x[j] * wa : 0.0f) + (wb > 0.0f ? y[j] * wb : 0.0f);
+    narrow_any(x, m, static_cast<char*>(out) + i * size, dtype);
+  }
+}
+
+// ---------------------------------------------------------------- product
+
+template <class Micro>
+ATTNKIT_INLINE void tile_of(int mr, const typename Micro::Elem* a, int64_t sa, const typename Micro::Right* w, int64_t sw,
+                            int64_t k, typename Micro::Acc* acc) {
+  switch (mr) {
+    case 1: return Micro::template tile<1>(a, sa, w, sw, k, acc);
+    case 2: return Micro::template tile<2>(a, sa, w, sw, k, acc);
+    case 3: return Micro::template tile<3>(a, sa, w, sw, k, acc);
+    case 4: if constexpr (Micro::MR >= 4) return Micro::template tile<4>(a, sa, w, sw, k, acc); break;
+    case 5: if constexpr (Micro::MR >= 5) return Micro::template tile<5>(a, sa, w, sw, k, acc); break;
+    case 6: if constexpr (Micro::MR >= 6) return Micro::template tile<6>(a, sa, w, sw, k, acc); break;
+  }
+}
+
+// acc [rows][kBlockN] gets the sums over K of rows [m0, m1) and n0 .. n1.
+template <class Micro>
+ATTNKIT_INLINE void products(const GemmCall& c, int64_t m0, int64_t m1, int64_t n0, int64_t n1, typename Micro::Acc* acc,
+                             char* scratch) {
+  using Elem = typename Micro::Elem;
+  using Right = typename Micro::Right;
+  using Acc = typename Micro::Acc;
+  const Elem* a = reinterpret_cast<const Elem*>(c.packed + m0 * c.row_bytes);
+  const int64_t sa = c.row_bytes / int64_t(sizeof(Elem)), rows = m1 - m0;
+  const int64_t tiles = (rows + Micro::MR - 1) / Micro::MR;
+  for (int64_t k0 = 0; k0 < c.K; k0 += Micro::kBlockK) {
+    const int64_t k = c.K - k0 < Micro::kBlockK ? c.K - k0 : Micro::kBlockK;
+    for (int64_t n = n0; n < n1; n += Micro::NR) {
+      // Rows of w past the last one repeat it: the tile keeps its shape and the extra sums are dropped.
+      const int64_t nr = n1 - n < Micro::NR ? n1 - n : Micro::NR;
+      const int8_t* w = c.w + n * c.ldw + k0;
+      const Right* right;
+      int64_t sw[1];
+      Acc part[Micro::MR * Micro::NR];
+      if constexpr (Micro::kConverts) {
+        Right* buffer = reinterpret_cast<Right*>(scratch);
+        const int64_t padded = (k + Micro::kStep - 1) / Micro::kStep * Micro::kStep;
+        for (int64_t j = 0; j < nr; ++j) Micro::convert(w + j * c.ldw, k, buffer + j * padded);
+        right = buffer;
+        sw[0] = padded;
+      } else {
+        right = reinterpret_cast<const Right*>(w);
+        sw[0] = c.ldw;
+      }
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t i0 = rows * t / tiles, i1 = rows * (t + 1) / tiles;
+        const int mr = int(i1 - i0);
+        if (nr == Micro::NR) {
+          tile_of<Micro>(mr, a + i0 * sa + k0, sa, right, sw[0], k, part);
+          for (int64_t i = 0; i < mr; ++i)
+            for (int64_t j = 0; j < Micro::NR; ++j) acc[(i0 + i) * kBlockN + n - n0 + j] += part[i * Micro::NR + j];
+        } else {
+          for (int64_t j = 0; j < nr; ++j) {
+            tile_of<Micro>(mr, a + i0 * sa + k0, sa, right + j * sw[0], 0, k, part);
+            for (int64_t i = 0; i < mr; ++i) acc[(i0 + i) * kBlockN + n - n0 + j] += part[i * Micro::NR];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Acc>
+ATTNKIT_INLINE void epilogue(const GemmCall& c, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const Acc* acc) {
+  const int64_t n = n1 - n0;
+  float scale[kBlockN], bias[kBlockN], row[kBlockN];
+  for (int64_t j = 0; j < n; ++j) scale[j] = c.w_scale[(n0 + j) * c.w_scale_stride];
+  if (c.bias) widen_any(static_cast<const char*>(c.bias) + n0 * (c.bias_type == kFloat32 ? 4 : 2), c.bias_type, n, bias);
+  for (int64_t m = m0; m < m1; ++m) {
+    const float s = c.a_scale[m * c.a_scale_stride];
+    const Acc* from = acc + (m - m0) * kBlockN;
+    if (c.bias)
+      for (int64_t j = 0; j < n; ++j) row[j] = static_cast<float>(from[j]) * s * scale[j] + bias[j];
+    else
+      for (int64_t j = 0; j < n; ++j) row[j] = static_cast<float>(from[j]) * s * scale[j];
+    narrow_any(row, n, static_cast<char*>(c.out) + (m * c.ldo + n0) * (c.out_type == kFloat32 ? 4 : 2), c.out_type);
+  }
+}
+
+template <class Micro>
+ATTNKIT_INLINE void block_of(const GemmCall& c, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
+  using Acc = typename Micro::Acc;
+  Acc* acc = reinterpret_cast<Acc*>(scratch);
+  for (int64_t m = m0; m < m1; ++m)
+    for (int64_t j = 0; j < n1 - n0; ++j) acc[(m - m0) * kBlockN + j] = c.start ? Acc(c.start[m]) : Acc(0);
+  products<Micro>(c, m0, m1, n0, n1, acc, scratch + kBlockM * kBlockN * 4);
+  epilogue(c, m0, m1, n0, n1, acc);
+}
+
+template <class Int8, class E4m3>
+struct Gemm {
+  static int64_t packed_row_bytes(int kind, int64_t K) {
+    const int64_t step = kind == kInt8 ? Int8::kStep : E4m3::kStep;
+    const int64_t size = kind == kInt8 ? sizeof(typename Int8::Elem) : sizeof(typename E4m3::Elem);
+    // An odd number of cache lines a row: rows that are a power of two apart would share sets.
+    return (((K + step - 1) / step * step * size + 63) / 64 | 1) * 64;
+  }
+  static void pack_row(const GemmCall& c, int64_t m) {
+    char* to = c.packed + m * c.row_bytes;
+    std::memset(to, 0, size_t(c.row_bytes));
+    if (c.kind == kInt8)
+      c.start[m] = Int8::pack(c.a + m * c.lda, c.K, reinterpret_cast<typename Int8::Elem*>(to));
+    else
+      E4m3::convert(c.a + m * c.lda, c.K, reinterpret_cast<typename E4m3::Elem*>(to));
+  }
+  static void block(const GemmCall& c, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
+    if (c.kind == kInt8)
+      block_of<Int8>(c, m0, m1, n0, n1, scratch);
+    else
+      block_of<E4m3>(c, m0, m1, n0, n1, scratch);
+  }
+  static constexpr GemmOps ops{packed_row_bytes, pack_row, block, quantise_row, store_row, merge_row};
+};
+
+}  // namespace attnkit::cpu::ATTNKIT_ISA

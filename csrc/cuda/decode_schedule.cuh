@@ -1,0 +1,180 @@
+// Who reads which keys: work is divided on the device, from lens, by every CTA for itself.
+//
+// The unit of account is a tile of T keys of one (sequence, head). All tiles stand in one line, ordered by
+// sequence, head, key. Default: each CTA takes an equal share of the line, so whatever the lengths are no
+// CTA has more than one tile more than another, and a CTA cuts at most the first and the last head it meets
+// (stream-K). Batch-invariant: the cuts lie at multiples of a chunk that follows from a sequence's own length.
+#pragma once
+#include "ptx_sm90.cuh"
+
+namespace attnkit {
+
+// Mirrored by attnkit/backends/cuda/decode.py (PARAMS). Strides in bytes; a null pointer is an option left out.
+struct DecodeParams {
+  const char* q;             // [B, Q, Hq, D]
+  const char* k;             // [P, S, Hkv, D]
+  const char* v;             // [P, S, Hkv, DV]
+  const int* pages;          // [B, W]
+  const int* lens;           // [B]
+  const void* sinks;         // [Hq]
+  const char* k_scale;       // float [Hkv]
+  const char* v_scale;       // float [Hkv]
+  const u8* tree;            // bool [B, Q, Q]
+  char* out;                 // [B, Q, Hq, DV]
+  float* lse;                // [B, Q, Hq]
+  float* partial;            // [slots, ROWS, DV], then float2 [slots, ROWS]: weighted sums, then (max, sum)
+  int* counters;             // [2 * slots], zero between launches
+  i64 q_b, q_i, q_h;
+  i64 k_page, k_slot, k_head;
+  i64 v_page, v_slot, v_head;
+  i64 out_b, out_i, out_h;
+  i64 pages_b;
+  i64 k_scale_h, v_scale_h;
+  i64 tree_b, tree_i, tree_j;
+  int B, Q, Hkv, G;
+  int page_shift;            // log2 S
+  int capacity;              // W * S
+  int window;                // 0: none
+  int row_blocks;            // ceil(G * Q / ROWS)
+  u32 g_magic;               // ceil(2^20 / G)
+  int slots;
+  int stages;
+  int least_tiles;           // a CTA takes no fewer tiles than this, if there are enough for that
+  int invariant;             // 1: cuts follow from L alone
+  int chunk_least;           // invariant: tiles in a chunk, at least
+  int chunk_most;            // invariant: chunks of a (sequence, head), at most
+  int io_bf16;               // q and out are bf16 (f16 otherwise)
+  int sink_type;             // Type of sinks
+  float scale, out_scale, softcap;
+};
+
+// One stretch of keys of one (sequence, head), handled by one CTA.
+struct Piece {
+  int b, h, row0;    // sequence, KV head, first row (of the G * Q rows that share the head)
+  int length;        // L
+  int low;           // first visible key
+  int tile, tiles;   // first tile, in tiles of T keys from key 0; how many
+  int index, count;  // which piece of its (sequence, head), and of how many
+  int slot0, slot1;  // workspace slots of piece 0 and of piece 1 (the others follow)
+
+  ATTNKIT_DEVICE int slot(int i) const { return i == 0 ? slot0 : slot1 + i - 1; }
+};
+
+template <int T>
+struct Walker {
+  const DecodeParams& p;
+  int position, end;  // in the line of tiles
+  int b, start;       // the sequence that holds position, and where it starts
+  int length, low, tiles;
+  int share, extra, cta;
+
+  ATTNKIT_DEVICE explicit Walker(const DecodeParams& params) : p(params) {}
+
+  // A sequence of length 0 has one tile, all masked: someone must write its output.
+  ATTNKIT_DEVICE static void measure(const DecodeParams& p, int b, int& length, int& low, int& tiles) {
+    length = min(max(p.lens[b], 0), p.capacity);
+    low = p.window > 0 ? max(0, length - p.Q - p.window + 1) : 0;
+    tiles = max(1, (length + T - 1) / T - low / T);
+  }
+
+  ATTNKIT_DEVICE int heads() const { return p.Hkv * p.row_blocks; }
+
+  ATTNKIT_DEVICE int owner(int at) const {
+    int big = extra * (share + 1);
+    return at < big ? at / (share + 1) : extra + (at - big) / share;
+  }
+
+  // Finds this CTA's part of the line. ``scratch``: an int for each warp, and two.
+  ATTNKIT_DEVICE void place(int* scratch, int threads) {
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, warps = threads >> 5;
+    const int each = (p.B + threads - 1) / threads;
+    const int first = min(thread * each, p.B), last = min(first + each, p.B);
+    int mine = 0;
+    for (int i = first; i < last; ++i) {
+      measure(p, i, length, low, tiles);
+      mine += tiles;
+    }
+    mine *= heads();
+    int sum = mine;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      int other = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += other;
+    }
+    if (lane == 31) scratch[warp] = sum;
+    __syncthreads();
+    int total = 0, before = 0;
+    for (int w = 0; w < warps; ++w) {
+      before += w < warp ? scratch[w] : 0;
+      total += scratch[w];
+    }
+    const int ctas = max(1, min(static_cast<int>(gridDim.x), total / p.least_tiles));
+    cta = blockIdx.x;
+    share = total / ctas;
+    extra = total - share * ctas;
+    position = cta >= ctas ? total : cta * share + min(cta, extra);
+    end = cta >= ctas ? total : position + share + (cta < extra ? 1 : 0);
+    int at = before + sum - mine;
+    if (position >= at && position < at + mine) {
+      for (int i = first; i < last; ++i) {
+        measure(p, i, length, low, tiles);
+        if (position < at + tiles * heads()) {
+          scratch[warps] = i;
+          scratch[warps + 1] = at;
+          break;
+        }
+        at += tiles * heads();
+      }
+    }
+    __syncthreads();
+    if (position < end) {
+      b = scratch[warps];
+      start = scratch[warps + 1];
+      measure(p, b, length, low, tiles);
+    }
+  }
+
+  ATTNKIT_DEVICE bool next(Piece& piece) {
+    while (position < end) {
+      while (position >= start + tiles * heads()) {
+        start += tiles * heads();
+        ++b;
+        measure(p, b, length, low, tiles);
+      }
+      const int head = (position - start) / tiles;
+      const int from = start + head * tiles;
+      const int offset = position - from;
+      piece.b = b;
+      piece.h = head / p.row_blocks;
+      piece.row0 = head - piece.h * p.row_blocks;
+      piece.length = length;
+      piece.low = low;
+      piece.tile = low / T + offset;
+      if (p.invariant) {
+        const int chunk = max(p.chunk_least, (tiles + p.chunk_most - 1) / p.chunk_most);
+        const int index = offset / chunk;
+        if (offset != index * chunk) {  // the CTA before this one began that chunk
+          position = from + min((index + 1) * chunk, tiles);
+          continue;
+        }
+        piece.tiles = min(chunk, tiles - offset);
+        piece.index = index;
+        piece.count = (tiles + chunk - 1) / chunk;
+        piece.slot0 = (b * heads() + head) * p.chunk_most;
+        piece.slot1 = piece.slot0 + 1;
+      } else {
+        piece.tiles = min(tiles - offset, end - position);
+        const int first = owner(from);
+        piece.index = cta - first;
+        piece.count = owner(from + tiles - 1) - first + 1;
+        piece.slot0 = 2 * first + 1;  // a CTA ends in at most one head it began, and begins in at most one
+        piece.slot1 = piece.slot0 + 1;
+      }
+      position += piece.tiles;
+      return true;
+    }
+    return false;
+  }
+};
+
+}  // namespace attnkit
