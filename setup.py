@@ -19,7 +19,16 @@ ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"],
+    "_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512vnni",
+        "-mavx512bf16",
+        "-mfma",
+        "-mf16c",
+    ],
 }
 
 
@@ -42,10 +51,19 @@ class BuildExt(build_ext):
             if not (Path(obj).exists() and Path(obj).stat().st_mtime > newest):
                 compile_one(obj, src, suffix, cc_args, [*extra, *_flags(src)], pp_opts)
 
-        def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0, extra_preargs=None,
-                        extra_postargs=None, depends=None):
+        def compile_all(
+            sources,
+            output_dir=None,
+            macros=None,
+            include_dirs=None,
+            debug=0,
+            extra_preargs=None,
+            extra_postargs=None,
+            depends=None,
+        ):
             macros, objects, post, pp_opts, build = compiler._setup_compile(
-                output_dir, macros, include_dirs, sources, depends, extra_postargs)
+                output_dir, macros, include_dirs, sources, depends, extra_postargs
+            )
             cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(lambda o: with_isa(o, *build[o], cc_args, post, pp_opts), build))
@@ -56,7 +74,11 @@ class BuildExt(build_ext):
 
 
 def sources() -> list[str]:
-    found = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp")), *sorted((ROOT / "csrc/launch").glob("*.cpp"))]
+    found = [
+        ROOT / "csrc/bindings.cpp",
+        *sorted((ROOT / "csrc/cpu").glob("*.cpp")),
+        *sorted((ROOT / "csrc/launch").glob("*.cpp")),
+    ]
     return [str(p.relative_to(ROOT)) for p in found if X86 or not _flags(str(p))]
 
 

@@ -19,7 +19,9 @@ def split_kv(op: str, kv: Any, D: int) -> tuple[Tensor, Tensor]:
     """kv [P, 2, S, Hkv, D], or a pair of [P, S, Hkv, D], as the pair; views, never copies."""
     if isinstance(kv, Tensor):
         if kv.dim() != 5 or kv.shape[1] != 2:
-            raise ValueError(f"{op}: kv's shape is {list(kv.shape)}, wanted [P, 2, S, Hkv, D] or a pair (k, v) of [P, S, Hkv, D]")
+            raise ValueError(
+                f"{op}: kv's shape is {list(kv.shape)}, wanted [P, 2, S, Hkv, D] or a pair (k, v) of [P, S, Hkv, D]"
+            )
         if kv.shape[4] != D:
             raise ValueError(f"{op}: D is {D} in q but {kv.shape[4]} in kv (dim 4)")
         return kv[:, 0], kv[:, 1]
@@ -43,11 +45,22 @@ def fold_scale(op: str, name: str, scale: float | Tensor | None, heads: int) -> 
     return 1.0, scale
 
 
+def check_scales(a: check.Letters, k_scale: Tensor | None, v_scale: Tensor | None, kv_dtype: torch.dtype) -> None:
+    """Scales a head go with a quantised cache only."""
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            continue
+        a.tensor(name, scale, "Hkv", (torch.float32,), dense_last=False)
+        if kv_dtype not in check.QUANTISED:
+            wanted = "torch.int8 or torch.float8_e4m3fn with scales"
+            raise ValueError(f"{a.op}: {name} is given but kv's dtype is {kv_dtype}, wanted {wanted}")
+
+
 def options(op: str, window: int | None, softcap: float) -> tuple[int, float]:
     """window None or a positive number of keys; softcap 0 or above."""
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"{op}: window is {window!r}, wanted None or at least 1 key")
-    if not math.isfinite(softcap) or softcap < 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"{op}: softcap is {softcap!r}, wanted 0 (off) or a positive number")
     return window or 0, float(softcap)
 
@@ -55,7 +68,7 @@ def options(op: str, window: int | None, softcap: float) -> tuple[int, float]:
 def softmax_scale(op: str, scale: float | None, default: float) -> float:
     if scale is None:
         return default
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale is {scale!r}, wanted a finite number")
     return float(scale)
 
@@ -119,11 +132,7 @@ def signature(
             a.fits(letter)
     if sinks is not None:
         a.tensor("sinks", sinks, "Hq", (torch.float32, q.dtype))
-    for name, s in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if s is not None:
-            a.tensor(name, s, "Hkv", (torch.float32,), dense_last=False)
-            if k.dtype not in check.QUANTISED:
-                raise ValueError(f"{op}: {name} is given but kv's dtype is {k.dtype}, wanted torch.int8 or torch.float8_e4m3fn with scales")
+    check_scales(a, k_scale, v_scale, k.dtype)
     if tree_mask is not None:
         a.tensor("tree_mask", tree_mask, "B Q Q", (torch.bool,))
     a.tensor("out", out, q_letters.replace("D", "Dv"), (q.dtype,))

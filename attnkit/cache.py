@@ -96,11 +96,7 @@ def _write_signature(k, v, k_cache, v_cache, slots, k_scale, v_scale) -> WriteSi
     a.tensor("kv", k_cache, "P S Hkv D", (k.dtype, *check.QUANTISED))
     a.tensor("kv", v_cache, "P S Hkv Dv", (k_cache.dtype,))
     a.tensor("slots", slots, "T", (torch.int64,))
-    for name, s in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if s is not None:
-            a.tensor(name, s, "Hkv", (torch.float32,), dense_last=False)
-            if k_cache.dtype not in check.QUANTISED:
-                raise ValueError(f"{WRITE}: {name} is given but kv's dtype is {k_cache.dtype}, wanted torch.int8 or torch.float8_e4m3fn with scales")
+    attention.check_scales(a, k_scale, v_scale, k_cache.dtype)
     n = a.size
     return WriteSig(
         op=WRITE, device=k.device, dtype=k.dtype, kv_dtype=k_cache.dtype, T=n["T"], Hkv=n["Hkv"], D=n["D"], Dv=n["Dv"],

@@ -7,6 +7,7 @@ Every message names the op, the argument, what came and what was wanted:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -96,7 +97,9 @@ def table_values(op: str, pages: torch.Tensor, lens: torch.Tensor, pool: int, pa
     bad = ((lens < 0) | (lens > capacity)).nonzero()
     if bad.numel():
         b = int(bad[0])
-        raise ValueError(f"{op}: lens[{b}] = {int(lens[b])} is outside [0, {capacity}] (W x S = {pages.shape[1]} x {page_size})")
+        raise ValueError(
+            f"{op}: lens[{b}] = {int(lens[b])} is outside [0, {capacity}] (W x S = {pages.shape[1]} x {page_size})"
+        )
     used = torch.arange(pages.shape[1], device=pages.device) < ((lens + page_size - 1) // page_size)[:, None]
     bad = (used & ((pages < 0) | (pages >= pool))).nonzero()
     if bad.numel():
@@ -109,7 +112,7 @@ def cumulative_values(op: str, name: str, cu: torch.Tensor, total: int) -> None:
     values = cu.tolist()
     if values[0] != 0 or values[-1] > total:
         raise ValueError(f"{op}: {name} runs from {values[0]} to {values[-1]}, wanted 0 to at most {total}")
-    for i, (a, b) in enumerate(zip(values, values[1:])):
+    for i, (a, b) in enumerate(pairwise(values)):
         if b < a:
             raise ValueError(f"{op}: {name}[{i + 1}] = {b} is below {name}[{i}] = {a}")
 

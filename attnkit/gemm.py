@@ -50,17 +50,19 @@ def w8a8_gemm(
         raise ValueError(f"{GEMM}: a's shape is {list(a.shape)} and w's {list(w.shape)}, wanted [M, K] and [N, K]")
     if out is None:
         out = a.new_empty((a.shape[0], w.shape[0]), dtype=out_dtype)
-    scales = []
-    for name, s in (("a_scale", a_scale), ("w_scale", w_scale)):
-        if not isinstance(s, Tensor):
-            raise TypeError(f"{GEMM}: {name} is {type(s).__name__}, wanted a float32 tensor")
-        scales.append(s if s.dim() == 1 else s.reshape(-1))
-    arguments = (a, w, *scales, bias, out)
+    arguments = (a, w, _flat_scale("a_scale", a_scale), _flat_scale("w_scale", w_scale), bias, out)
     if config is None and registry.traced(a):
         _gemm_op(*arguments, impl)
     else:
         _run_gemm(*arguments, impl, config)
     return out
+
+
+def _flat_scale(name: str, scale: Tensor) -> Tensor:
+    """[M], [M, 1], [] and [1] alike as one dimension."""
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"{GEMM}: {name} is {type(scale).__name__}, wanted a float32 tensor")
+    return scale if scale.dim() == 1 else scale.reshape(-1)
 
 
 def _run_gemm(a, w, a_scale, w_scale, bias, out, impl, config=None) -> None:
@@ -100,7 +102,8 @@ def _gemm_signature(a, w, a_scale, w_scale, bias, out) -> GemmSig:
 
 
 _gemm_op = registry.define(
-    "w8a8_gemm(Tensor a, Tensor w, Tensor a_scale, Tensor w_scale, Tensor? bias, Tensor(a!) out, str? impl) -> ()", _run_gemm
+    "w8a8_gemm(Tensor a, Tensor w, Tensor a_scale, Tensor w_scale, Tensor? bias, Tensor(a!) out, str? impl) -> ()",
+    _run_gemm,
 )
 
 

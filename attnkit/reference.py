@@ -157,7 +157,15 @@ def quantise_kv(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     return x.round().clamp(-127, 127).to(torch.int8) if dtype == torch.int8 else x.clamp(-448, 448).to(dtype)
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
     page_size = k_cache.shape[1]
     keep = slots >= 0
     page, slot = slots[keep] // page_size, slots[keep] % page_size
@@ -182,7 +190,9 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype == torch.int8 else scaled).clamp(-top, top).to(dtype), scale
 
 
-def w8a8_gemm(a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, compute: torch.dtype = torch.float64) -> Tensor:
+def w8a8_gemm(
+    a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, compute: torch.dtype = torch.float64
+) -> Tensor:
     """(a . w^T) * a_scale * w_scale + bias, all in ``compute``; exact for int8 up to K = 2^17 in float32 blocks or float64."""
     product = a.to(compute) @ w.to(compute).t()
     out = product * a_scale.to(compute).reshape(-1, 1) * w_scale.to(compute).reshape(1, -1)
@@ -261,7 +271,9 @@ def survivors(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 
-def sample(logits: Tensor, seeds: Tensor, o: dict[str, Tensor], logprobs: int | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def sample(
+    logits: Tensor, seeds: Tensor, o: dict[str, Tensor], logprobs: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """tokens [B], valid [B], and the logprobs and ids [B, 1 + n]. ``o`` holds every option as a tensor [B]."""
     B, V = logits.shape
     x = processed_logits(logits, o)

@@ -119,7 +119,7 @@ def _number(name: str, x: float | Tensor) -> float:
         return float(off)
     if isinstance(x, bool) or not isinstance(x, int if whole else (int, float)):
         raise TypeError(f"{OP}: {name} is {x!r}, wanted {'a whole number' if whole else 'a number'} or a tensor [B]")
-    if math.isnan(x) or not low <= x <= high or (name == "repetition_penalty" and x == 0):
+    if not low <= x <= high or (name == "repetition_penalty" and x == 0):
         raise ValueError(f"{OP}: {name} is {x!r}, wanted {_range(name, low, high)}")
     return x
 
@@ -143,7 +143,22 @@ def _seeds(seed: int | Tensor | None, B: int, device: torch.device) -> Tensor:
     return torch.arange(B, device=device, dtype=torch.int64) + start
 
 
-def _run(logits, seeds, options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, top, numbers, impl, config=None) -> None:
+def _run(
+    logits,
+    seeds,
+    options,
+    counts,
+    prompt_mask,
+    logit_bias,
+    allowed,
+    tokens,
+    valid,
+    chosen,
+    top,
+    numbers,
+    impl,
+    config=None,
+) -> None:
     tensors = (logits, seeds, *options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, top)
     aligned = not logits.data_ptr() & 15
     key = (
@@ -155,7 +170,10 @@ def _run(logits, seeds, options, counts, prompt_mask, logit_bias, allowed, token
         sig = _signature(logits, seeds, options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, numbers)
         plan = _PLANS.put(key, make_plan(KERNELS, sig, impl, config))
     if logits.shape[0]:
-        extra = zip((*_NAMES, "counts", "prompt_mask", "logit_bias", "allowed"), (*options, counts, prompt_mask, logit_bias, allowed))
+        extra = zip(
+            (*_NAMES, "counts", "prompt_mask", "logit_bias", "allowed"),
+            (*options, counts, prompt_mask, logit_bias, allowed),
+        )
         plan.launch(plan, logits, seeds, {n: t for n, t in extra if t is not None}, tokens, valid, chosen, top)
 
 
@@ -184,7 +202,8 @@ def _signature(logits, seeds, options, counts, prompt_mask, logit_bias, allowed,
     if n is not None and not 0 <= n <= V:
         raise a.fail("logprobs", n, f"0 to V = {V}")
     static: dict[str, Any] = {
-        name: None if t is not None else (int(x) if OPTIONS[name][1] else float(x)) for name, t, x in zip(_NAMES, options, numbers)
+        name: None if t is not None else (int(x) if OPTIONS[name][1] else float(x))
+        for name, t, x in zip(_NAMES, options, numbers)
     }
     return SampleSig(
         op=OP, device=logits.device, dtype=logits.dtype, B=B, V=V, logits_stride=logits.stride(),
@@ -195,7 +214,8 @@ def _signature(logits, seeds, options, counts, prompt_mask, logit_bias, allowed,
 
 _op = registry.define(
     "sample(Tensor logits, Tensor seeds, Tensor?[] options, Tensor? counts, Tensor? prompt_mask, Tensor? logit_bias,"
-    " Tensor? allowed, Tensor(a!) tokens, Tensor(b!) valid, Tensor(c!)? chosen, Tensor(d!)? top, Scalar[] numbers, str? impl) -> ()",
+    " Tensor? allowed, Tensor(a!) tokens, Tensor(b!) valid, Tensor(c!)? chosen, Tensor(d!)? top, Scalar[] numbers,"
+    " str? impl) -> ()",
     _run,
 )
 

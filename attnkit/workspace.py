@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 _partials: dict[tuple[torch.device, int], torch.Tensor] = {}
-_counters: dict[torch.device, "_Arena"] = {}
+_counters: dict[torch.device, _Arena] = {}
 _eager_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 #: Zeroed int32 counters set aside a device; each captured launch keeps its own range for good.

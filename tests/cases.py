@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
+SHORT = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "e4m3",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,14 @@ class Case:
 
     @property
     def id(self) -> str:
-        parts = [f"B{len(self.lens)}", f"Hq{self.Hq}", f"Hkv{self.Hkv}", f"D{self.D}", f"S{self.S}", f"L{max(self.lens, default=0)}"]
+        parts = [
+            f"B{len(self.lens)}",
+            f"Hq{self.Hq}",
+            f"Hkv{self.Hkv}",
+            f"D{self.D}",
+            f"S{self.S}",
+            f"L{max(self.lens, default=0)}",
+        ]
         if self.Dv:
             parts.append(f"Dv{self.Dv}")
         if self.Q > 1:
@@ -58,7 +71,10 @@ class Case:
 
 
 BASE = Case()
-HEADS = [replace(BASE, Hq=g * h, Hkv=h, D=d) for g, h, d in ((1, 2, 80), (3, 1, 96), (5, 1, 128), (7, 4, 64), (12, 1, 64), (16, 1, 256))]
+HEADS = [
+    replace(BASE, Hq=g * h, Hkv=h, D=d)
+    for g, h, d in ((1, 2, 80), (3, 1, 96), (5, 1, 128), (7, 4, 64), (12, 1, 64), (16, 1, 256))
+]
 OPTIONS = [
     replace(BASE, window=7),
     replace(BASE, softcap=5.0),
@@ -99,7 +115,15 @@ PREFILL = [
 #: Too large for the interpreter; what a GPU adds.
 LARGE_DECODE = [
     replace(BASE, lens=(8191, 1, 0, 700, 4096, 333), Hq=hq, Hkv=hkv, D=d, S=s)
-    for hq, hkv, d, s in ((12, 2, 128, 16), (28, 4, 128, 16), (32, 8, 128, 64), (64, 8, 64, 32), (16, 16, 128, 128), (32, 1, 128, 16), (16, 8, 256, 16))
+    for hq, hkv, d, s in (
+        (12, 2, 128, 16),
+        (28, 4, 128, 16),
+        (32, 8, 128, 64),
+        (64, 8, 64, 32),
+        (16, 16, 128, 128),
+        (32, 1, 128, 16),
+        (16, 8, 256, 16),
+    )
 ] + [
     replace(BASE, lens=(65536, 1, 0, 700) * 2, Hq=32, Hkv=8, D=128),
     replace(BASE, lens=(2048, 777, 5), Hq=32, Hkv=8, D=128, Q=8),

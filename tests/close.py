@@ -16,7 +16,9 @@ def assert_close(got: Tensor, truth: Tensor, plain: Tensor, what: str = "out") -
     assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, wanted {list(truth.shape)}"
     for name, mask in (("NaN", torch.isnan), ("inf", torch.isinf)):
         wrong = mask(got64) != mask(truth)
-        assert not wrong.any(), f"{what}: {name} differs at {wrong.nonzero()[0].tolist()}: got {got64[wrong][0]}, wanted {truth[wrong][0]}"
+        assert not wrong.any(), (
+            f"{what}: {name} differs at {wrong.nonzero()[0].tolist()}: got {got64[wrong][0]}, wanted {truth[wrong][0]}"
+        )
     finite = torch.isfinite(truth)
     if not finite.any():
         return

@@ -97,7 +97,12 @@ def make(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
 def _options(case: Case, device: str, g: torch.Generator, quantised: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same options as the public functions and as the reference take them."""
     options: dict[str, Any] = {"batch_invariant": case.batch_invariant, "window": case.window, "softcap": case.softcap}
-    clean: dict[str, Any] = {"scale": case.D**-0.5, "causal": case.causal, "window": case.window or 0, "softcap": case.softcap}
+    clean: dict[str, Any] = {
+        "scale": case.D**-0.5,
+        "causal": case.causal,
+        "window": case.window or 0,
+        "softcap": case.softcap,
+    }
     if case.sinks:
         options["sinks"] = clean["sinks"] = torch.randn(case.Hq, generator=g, device=device)
     if quantised:

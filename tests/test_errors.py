@@ -126,12 +126,20 @@ SAMPLE = {
     "nan": ({"temperature": float("nan")}, ValueError, "temperature is nan"),
     "top_p": ({"top_p": 1.5}, ValueError, "top_p is 1.5, wanted 0 to 1"),
     "top_k": ({"top_k": 2.5}, TypeError, "top_k is 2.5, wanted a whole number"),
-    "top_k dtype": ({"top_k": torch.ones(2, dtype=torch.int32)}, ValueError, "top_k's dtype is torch.int32, wanted torch.int64"),
+    "top_k dtype": (
+        {"top_k": torch.ones(2, dtype=torch.int32)},
+        ValueError,
+        "top_k's dtype is torch.int32, wanted torch.int64",
+    ),
     "repetition": ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty is 0.0, wanted a number above 0"),
     "seed": ({"seed": "x"}, TypeError, "seed is 'x'"),
     "seeds": ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "B is 2 in logits but 3 in seed"),
     "allowed": ({"allowed": torch.zeros(2, 3, dtype=torch.int32)}, ValueError, "dim 1 of allowed is 3, wanted 1"),
-    "counts": ({"output_counts": torch.zeros(2, 9, dtype=torch.int32)}, ValueError, "V is 10 in logits but 9 in output_counts"),
+    "counts": (
+        {"output_counts": torch.zeros(2, 9, dtype=torch.int32)},
+        ValueError,
+        "V is 10 in logits but 9 in output_counts",
+    ),
     "logprobs": ({"logprobs": 11}, ValueError, "logprobs is 11, wanted 0 to V = 10"),
 }
 

@@ -56,10 +56,16 @@ def test_fault_02_and_03_offsets_past_2_to_the_31_and_32(op, impl, device):
     near_table = attnkit.PageTable(torch.arange(3, device=device).int()[None], table.lens)
     q = torch.randn(1, 32, D, device=device).bfloat16()
     if op == "decode":
-        far, near = (skip_if_declined(lambda c=c, t=t: attnkit.paged_decode(q, c, t, impl=impl)) for c, t in ((kv, table), (small, near_table)))
+        far, near = (
+            skip_if_declined(lambda c=c, t=t: attnkit.paged_decode(q, c, t, impl=impl))
+            for c, t in ((kv, table), (small, near_table))
+        )
     else:
         cu = torch.tensor([0, 1], dtype=torch.int32, device=device)
-        far, near = (skip_if_declined(lambda c=c, t=t: attnkit.paged_prefill(q, c, t, cu, impl=impl)) for c, t in ((kv, table), (small, near_table)))
+        far, near = (
+            skip_if_declined(lambda c=c, t=t: attnkit.paged_prefill(q, c, t, cu, impl=impl))
+            for c, t in ((kv, table), (small, near_table))
+        )
     assert torch.equal(far, near) and not far.isnan().any()
 
 
@@ -193,7 +199,11 @@ def test_fault_15_a_tile_that_spans_pages_at_d256(S, impl, device):
 def test_fault_16_padded_leading_strides(impl, device):
     a, w = (torch.randint(-127, 128, (n, 96), dtype=torch.int8, device=device) for n in (9, 40))
     want = torch.zeros(9, 64, device=device)[:, :40]
-    got = skip_if_declined(lambda: attnkit.w8a8_gemm(a[:, :64], w[:, :64], torch.ones(9, device=device), torch.ones(40, device=device), out=want, impl=impl))
+    got = skip_if_declined(
+        lambda: attnkit.w8a8_gemm(
+            a[:, :64], w[:, :64], torch.ones(9, device=device), torch.ones(40, device=device), out=want, impl=impl
+        )
+    )
     assert torch.equal(got.double(), a[:, :64].double() @ w[:, :64].double().t())
 
 

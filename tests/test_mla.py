@@ -54,7 +54,9 @@ LARGE = [
 def make(case: Latent, device: str):
     """Reuses the paged pool: one latent head whose values are its first C columns."""
     D = case.C + case.R
-    paged = cases.Case(lens=case.lens, Q=case.Q, Hq=case.H, Hkv=1, D=D, S=case.S, dtype=case.dtype, layout="pair", tree=case.tree)
+    paged = cases.Case(
+        lens=case.lens, Q=case.Q, Hq=case.H, Hkv=1, D=D, S=case.S, dtype=case.dtype, layout="pair", tree=case.tree
+    )
     x = inputs.make(paged, device)
     kv = x.kv[0][:, :, 0]
     scale = (128 + case.R) ** -0.5

@@ -14,7 +14,7 @@ from attnkit import attention
 from tests import cases, inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPL = None if torch.cuda.is_available() else "torch"
+IMPL = None if torch.cuda.is_available() else "cpu"
 
 
 def arguments() -> dict[str, tuple]:

@@ -13,7 +13,13 @@ def _any(sig) -> str | None:
 
 
 def _options(sig) -> dict:
-    return {"scale": sig.scale, "causal": sig.causal, "window": sig.window, "softcap": sig.softcap, "compute": torch.float32}
+    return {
+        "scale": sig.scale,
+        "causal": sig.causal,
+        "window": sig.window,
+        "softcap": sig.softcap,
+        "compute": torch.float32,
+    }
 
 
 def _put(out, lse, result) -> None:
@@ -24,7 +30,17 @@ def _put(out, lse, result) -> None:
 
 def _prefill(plan: Plan, q, k, v, pages, lens, cu_q, sinks, k_scale, v_scale, out, lse) -> None:
     result = reference.paged_attention(
-        q, k, v, pages, lens, cu_q, out_scale=plan.sig.out_scale, sinks=sinks, k_scale=k_scale, v_scale=v_scale, **_options(plan.sig)
+        q,
+        k,
+        v,
+        pages,
+        lens,
+        cu_q,
+        out_scale=plan.sig.out_scale,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        **_options(plan.sig),
     )
     _put(out, lse, result)
 
@@ -45,7 +61,15 @@ def _decode(plan: Plan, q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask
 def _mla_decode(plan: Plan, q, kv, pages, lens, sinks, tree_mask, out, lse) -> None:
     k = kv.unsqueeze(2)
     result = reference.paged_attention(
-        q.flatten(0, 1), k, k[..., : plan.sig.C], pages, lens, _every(q), sinks=sinks, tree_mask=tree_mask, **_options(plan.sig)
+        q.flatten(0, 1),
+        k,
+        k[..., : plan.sig.C],
+        pages,
+        lens,
+        _every(q),
+        sinks=sinks,
+        tree_mask=tree_mask,
+        **_options(plan.sig),
     )
     _put(out, lse, result)
 
