@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit import attention, check, registry, settings
-from attnkit.backends import torch_ref
+from attnkit.backends import flashinfer, torch_ref
 from attnkit.backends.cpu import attention as cpu_attention
 from attnkit.backends.cuda import decode as cuda_decode
 from attnkit.backends.triton import decode as triton_decode
@@ -17,7 +17,13 @@ from attnkit.dispatch import PlanCache, make_plan
 from attnkit.roofline import Cost
 
 OP = "paged_decode"
-KERNELS = (cuda_decode.PAGED_DECODE, triton_decode.PAGED_DECODE, cpu_attention.PAGED_DECODE, torch_ref.PAGED_DECODE)
+KERNELS = (
+    cuda_decode.PAGED_DECODE,
+    triton_decode.PAGED_DECODE,
+    flashinfer.PAGED_DECODE,
+    cpu_attention.PAGED_DECODE,
+    torch_ref.PAGED_DECODE,
+)
 MAX_QUERIES = 16
 _PLANS = PlanCache()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit import attention, check, registry, settings
-from attnkit.backends import torch_ref
+from attnkit.backends import flashinfer, torch_ref
 from attnkit.backends.cpu import attention as cpu_attention
 from attnkit.backends.triton import prefill as triton_prefill
 from attnkit.cache import PageTable
@@ -16,7 +16,12 @@ from attnkit.dispatch import PlanCache, make_plan
 from attnkit.roofline import Cost
 
 OP = "paged_prefill"
-KERNELS = (triton_prefill.PAGED_PREFILL, cpu_attention.PAGED_PREFILL, torch_ref.PAGED_PREFILL)
+KERNELS = (
+    triton_prefill.PAGED_PREFILL,
+    flashinfer.PAGED_PREFILL,
+    cpu_attention.PAGED_PREFILL,
+    torch_ref.PAGED_PREFILL,
+)
 _PLANS = PlanCache()
 
 
