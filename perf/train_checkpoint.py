@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 END_OF_TEXT = 256  # ids 0..255 are the bytes themselves
@@ -80,9 +80,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, L, _ = x.shape
-        q, k, v = (
-            p(x).view(B, L, -1, self.s.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (p(x).view(B, L, -1, self.s.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))
@@ -100,33 +98,35 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: Shape, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.input_layernorm = RMSNorm(s.hidden, s.eps)
         self.self_attn = Attention(s)
         self.post_attention_layernorm = RMSNorm(s.hidden, s.eps)
         self.mlp = MLP(s)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Trunk(nn.Module):
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: Shape, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCAB, s.hidden)
-        self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Layer(s, dropout) for _ in range(s.layers))
         self.norm = RMSNorm(s.hidden, s.eps)
 
 
 class Model(nn.Module):
     """Tokens [B, L] -> logits [B, L, V]."""
 
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: Shape, dropout: float = 0.0) -> None:
         super().__init__()
         self.s = s
-        self.model = Trunk(s)
+        self.model = Trunk(s, dropout)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 depth = (2 * s.layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
@@ -139,7 +139,7 @@ class Model(nn.Module):
         half = torch.arange(0, s.head_dim, 2, device=tokens.device) / s.head_dim
         angle = torch.arange(tokens.shape[1], device=tokens.device)[:, None] * s.rope_theta**-half
         cos, sin = angle.cos(), angle.sin()
-        x = self.model.embed_tokens(tokens)
+        x = self.model.dropout(self.model.embed_tokens(tokens))
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
@@ -234,6 +234,7 @@ class Recipe:
     long_from: float = 0.8  # the part of the run after which windows are long
     warmup: float = 0.02
     weight_decay: float = 0.1
+    dropout: float = 0.0  # on the embedding and on what each block adds
     distil: float = 0.5  # weight of the teacher's cross entropy, when there is a teacher
 
 
@@ -242,7 +243,7 @@ def train(
 ) -> tuple[Model, dict[str, object]]:
     """Trains for recipe.seconds (compilation apart) and returns the model, rounded to bf16, and its numbers."""
     torch.manual_seed(seed)
-    model = Model(shape).to(device)
+    model = Model(shape, recipe.dropout).to(device)
     stream, generator = corpus.train.to(device), torch.Generator(device).manual_seed(seed)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -299,7 +300,7 @@ def train(
         "recipe": asdict(recipe),
         "train_loss": round(recent.item(), 4),
     }
-    return round_to_bf16(model), facts | held_out(model, corpus, device, teacher)
+    return round_to_bf16(model.eval()), facts | held_out(model, corpus, device, teacher)
 
 
 def held_out(model: Model, corpus: Corpus, device: str, teacher: nn.Module | None) -> dict[str, object]:
@@ -390,6 +391,13 @@ def save(out: Path, model: Model, facts: dict[str, object]) -> None:
     save_tokenizer(out)
 
 
+def load(directory: Path, shape: Shape) -> Model:
+    """A saved model, frozen, in float32."""
+    model = Model(shape)
+    model.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
+    return model.eval().requires_grad_(False)
+
+
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -399,22 +407,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "integrations/engine/checkpoints")
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=280.0, help="training time of the main model")
-    parser.add_argument(
-        "--draft-seconds", type=float, default=None, help="of the draft; a third of --seconds by default"
-    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="training time of the main model")
+    parser.add_argument("--draft-seconds", type=float, default=60.0, help="and of the draft")
+    parser.add_argument("--weight-decay", type=float, default=1.0)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--only", choices=("tiny", "draft"), help="train one; the draft then learns from OUT/tiny")
     parser.add_argument("--tokens-a-step", type=int, default=131072)
     args = parser.parse_args()
     corpus = read_corpus(args.stdlib)
     print(json.dumps(corpus.facts, indent=2), flush=True)
-    main_recipe = Recipe(seconds=args.seconds, lr=3e-3, tokens_a_step=args.tokens_a_step)
-    draft_recipe = Recipe(seconds=args.draft_seconds or args.seconds / 3, lr=5e-3, tokens_a_step=args.tokens_a_step)
-    model, facts = train(TINY, main_recipe, corpus, args.device)
-    save(args.out / "tiny", model, {"data": corpus.facts, **facts})
-    print(json.dumps(facts, indent=2), flush=True)
-    draft, facts = train(DRAFT, draft_recipe, corpus, args.device, teacher=model.requires_grad_(False))
-    save(args.out / "draft", draft, {"data": corpus.facts, **facts})
-    print(json.dumps(facts, indent=2), flush=True)
+    if args.only != "draft":
+        recipe = Recipe(args.seconds, 3e-3, args.tokens_a_step, weight_decay=args.weight_decay, dropout=args.dropout)
+        model, facts = train(TINY, recipe, corpus, args.device)
+        save(args.out / "tiny", model, {"data": corpus.facts, **facts})
+        print(json.dumps(facts, indent=2), flush=True)
+    if args.only != "tiny":
+        teacher = load(args.out / "tiny", TINY).to(args.device)
+        draft, facts = train(DRAFT, Recipe(args.draft_seconds, 4e-3, args.tokens_a_step), corpus, args.device, teacher)
+        save(args.out / "draft", draft, {"data": corpus.facts, **facts})
+        print(json.dumps(facts, indent=2), flush=True)
 
 
 if __name__ == "__main__":
