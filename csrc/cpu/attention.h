@@ -47,12 +47,13 @@ struct Task {
 constexpr int kMaxRows = 192;
 
 // A partial is rows of (max, sum), then rows x Dv of the numerator.
-inline size_t partial_floats(int64_t rows, int64_t Dv) { return size_t(rows) * size_t(Dv + 2); }
+static inline size_t partial_floats(int64_t rows, int64_t Dv) { return size_t(rows) * size_t(Dv + 2); }
 
 struct Isa {
   const char* name;
   size_t (*scratch_bytes)(const Problem&);
-  void (*attend)(const Problem&, const Task&, char* scratch);
+  // `next`, the task this thread takes after this one (or null), is only looked at to fetch its first keys ahead.
+  void (*attend)(const Problem&, const Task&, const Task* next, char* scratch);
   // Joins `count` partials, each partial_floats() after the one before, in order, and writes the rows of `task`.
   void (*combine)(const Problem&, const Task& task, const float* partials, int count);
 };

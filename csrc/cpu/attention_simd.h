@@ -65,13 +65,13 @@ template <int L> ATTNKIT_INLINE F<L> load(const float* p) { return *(const typen
 template <int L> ATTNKIT_INLINE void store(float* p, F<L> x) { *(typename Vec<L>::f_mem*)p = x; }
 template <int L> ATTNKIT_INLINE U<L> load_u(const uint32_t* p) { return *(const typename Vec<L>::u_mem*)p; }
 template <int L> ATTNKIT_INLINE void store_u(uint32_t* p, U<L> x) { *(typename Vec<L>::u_mem*)p = x; }
-template <int L> ATTNKIT_INLINE F<L> splat(float x) { return F<L>{} + x; }
+template <int L> ATTNKIT_INLINE F<L> splat(float x) { return x - F<L>{}; }
 template <int L> ATTNKIT_INLINE U<L> splat_u(uint32_t x) { return U<L>{} + x; }
-// A NaN in either loses: the running maximum stays a number, and the NaN comes back through exp2.
+// A NaN in either loses: the running maximum stays a number, and the NaN comes back through expv.
 template <int L> ATTNKIT_INLINE F<L> vmax(F<L> top, F<L> x) { return x > top ? x : top; }
 template <int L> ATTNKIT_INLINE F<L> vabs(F<L> x) { return (F<L>)((U<L>)x & 0x7fffffffu); }
 
-// 2^x for x <= 0 (or NaN, which stays): exactly 1 at 0, exactly 0 at -inf. `Degree` 5: 1.1e-7 relative; 6: 2e-8 before rounding.
+// 2^f for f in [-0.5, 0.5], exactly 1 at 0. Degree 5: 1.1e-7 relative; 6: 2e-8, before rounding.
 template <int L, int Degree> ATTNKIT_INLINE F<L> exp2_poly(F<L> f) {
   F<L> p;
   if (Degree == 6) {
@@ -89,24 +89,27 @@ template <int L, int Degree> ATTNKIT_INLINE F<L> exp2_poly(F<L> f) {
   return p * f + 1.0f;
 }
 
-template <int L, int Degree> ATTNKIT_INLINE F<L> exp2v(F<L> x) {
+constexpr float kLog2E = 1.4426950408889634f;
+
+// e^x for x <= 0 (or NaN, which stays): exactly 1 at 0, exactly 0 at -inf. The fraction is taken with one fused rounding.
+template <int L, int Degree> ATTNKIT_INLINE F<L> expv(F<L> x) {
 #if defined(__AVX512F__)
   if constexpr (L == 16) {
-    const __m512 at = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // the second operand where one is NaN
-    const __m512 n = _mm512_roundscale_ps(at, 8);
-    return (F<L>)_mm512_scalef_ps((__m512)exp2_poly<L, Degree>((F<L>)(at - n)), n);
+    const __m512 at = _mm512_max_ps(_mm512_set1_ps(-140.0f), (__m512)x);  // the second operand where one is NaN
+    const __m512 n = _mm512_roundscale_ps(at * kLog2E, 8);
+    return (F<L>)_mm512_scalef_ps((__m512)exp2_poly<L, Degree>((F<L>)_mm512_fmsub_ps(at, _mm512_set1_ps(kLog2E), n)), n);
   }
   if constexpr (L == 8) {
-    const __m256 at = _mm256_max_ps(_mm256_set1_ps(-200.0f), (__m256)x);
-    const __m256 n = _mm256_roundscale_ps(at, 8);
-    return (F<L>)_mm256_scalef_ps((__m256)exp2_poly<L, Degree>((F<L>)(at - n)), n);
+    const __m256 at = _mm256_max_ps(_mm256_set1_ps(-140.0f), (__m256)x);
+    const __m256 n = _mm256_roundscale_ps(at * kLog2E, 8);
+    return (F<L>)_mm256_scalef_ps((__m256)exp2_poly<L, Degree>((F<L>)_mm256_fmsub_ps(at, _mm256_set1_ps(kLog2E), n)), n);
   }
 #endif
-  const F<L> magic = splat<L>(12582912.0f);  // 1.5 * 2^23: its sum holds round(x) in the low bits
-  const F<L> z = x + magic;
-  const F<L> p = exp2_poly<L, Degree>(x - (z - magic));
+  const F<L> magic = splat<L>(12582912.0f);  // 1.5 * 2^23: its sum holds the rounded number in the low bits
+  const F<L> z = x * kLog2E + magic;
+  const F<L> p = exp2_poly<L, Degree>(x * kLog2E - (z - magic));
   const F<L> scaled = (F<L>)((U<L>)p + ((U<L>)z << 23));
-  const F<L> small = x < -126.0f ? F<L>{} : scaled;
+  const F<L> small = x < -87.0f ? F<L>{} : scaled;
   return x == x ? small : x;
 }
 
@@ -118,7 +121,7 @@ template <int L> ATTNKIT_INLINE F<L> tanhv(F<L> x) {
   p = p * y + 1.33314422036e-1f;
   p = p * y - 3.33332819422e-1f;
   p = p * y * x + x;
-  const F<L> e = exp2v<L, 6>(a * -2.885390081777927f);  // e^(-2a)
+  const F<L> e = expv<L, 6>(a * -2.0f);  // e^(-2a)
   const F<L> far = (1.0f - e) / (1.0f + e);
   const F<L> big = (F<L>)((U<L>)far | ((U<L>)x & 0x80000000u));
   return a < 0.625f ? p : (x == x ? big : x);
@@ -126,8 +129,29 @@ template <int L> ATTNKIT_INLINE F<L> tanhv(F<L> x) {
 
 // ---- numbers in memory -> float
 
+// Widening by intrinsics where they exist: compilers take __builtin_convertvector apart byte by byte.
+template <int L> ATTNKIT_INLINE U<L> widen_u16(const void* p) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return (U<L>)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#endif
+#if defined(__AVX2__)
+  if constexpr (L == 8) return (U<L>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#endif
+  return __builtin_convertvector(*(const typename Vec<L>::h_mem*)p, U<L>);
+}
+
+template <int L> ATTNKIT_INLINE I<L> widen_i8(const void* p) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return (I<L>)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#endif
+#if defined(__AVX2__)
+  if constexpr (L == 8) return (I<L>)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#endif
+  return __builtin_convertvector(*(const typename Vec<L>::b_mem*)p, I<L>);
+}
+
 template <int L> ATTNKIT_INLINE F<L> from_bf16(const void* p) {
-  return (F<L>)(__builtin_convertvector(*(const typename Vec<L>::h_mem*)p, U<L>) << 16);
+  return (F<L>)(widen_u16<L>(p) << 16);
 }
 
 template <int L> ATTNKIT_INLINE F<L> from_f16(const void* p) {
@@ -137,7 +161,7 @@ template <int L> ATTNKIT_INLINE F<L> from_f16(const void* p) {
 #if defined(__F16C__)
   if constexpr (L == 8) return (F<L>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #endif
-  const U<L> x = __builtin_convertvector(*(const typename Vec<L>::h_mem*)p, U<L>);
+  const U<L> x = widen_u16<L>(p);
   const U<L> mag = x & 0x7fffu;
   const F<L> sub = __builtin_convertvector((I<L>)mag, F<L>)*5.9604644775390625e-8f;  // 2^-24
   const U<L> normal = (mag << 13) + (112u << 23);
@@ -147,11 +171,11 @@ template <int L> ATTNKIT_INLINE F<L> from_f16(const void* p) {
 }
 
 template <int L> ATTNKIT_INLINE F<L> from_i8(const void* p) {
-  return __builtin_convertvector(__builtin_convertvector(*(const typename Vec<L>::b_mem*)p, I<L>), F<L>);
+  return __builtin_convertvector(widen_i8<L>(p), F<L>);
 }
 
 template <int L> ATTNKIT_INLINE F<L> from_e4m3(const void* p) {
-  const U<L> x = (U<L>)__builtin_convertvector(*(const typename Vec<L>::b_mem*)p, I<L>);
+  const U<L> x = (U<L>)widen_i8<L>(p);
   const U<L> mag = x & 0x7fu;
   const F<L> sub = __builtin_convertvector((I<L>)mag, F<L>)*0.001953125f;  // 2^-9
   const U<L> normal = (mag << 20) + (120u << 23);

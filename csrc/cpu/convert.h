@@ -32,9 +32,6 @@ struct bf16_t {
 struct f16_t {
   uint16_t u;
 };
-struct e4m3_t {
-  uint8_t u;
-};
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16_t x) { return float_of(static_cast<uint32_t>(x.u) << 16); }
