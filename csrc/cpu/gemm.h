@@ -19,7 +19,7 @@ struct GemmCall {
   // a repacked by pack_row: M rows of row_bytes, zero beyond K; and for int8 what the accumulators start from.
   char* packed;
   int64_t row_bytes;
-  int32_t* start;
+  uint32_t* start;  // [M], or null: from zero
 };
 
 constexpr int64_t kBlockM = 120;   // rows of a that stay in the L2 cache while rows of w pass by

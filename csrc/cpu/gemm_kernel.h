@@ -1,14 +1,15 @@
 // The CPU kernels of w8a8_gemm and quantize_per_token, built once an instruction set (the macro ATTNKIT_ISA
-// names the namespace). A build defines its Int8 and E4m3 micro kernels before it includes this file:
+// names the namespace). A build gives two micro kernels, for int8 and for e4m3:
 //
-//   constexpr int MR, NR;            largest register tile: MR rows of a by NR rows of w
-//   Elem                             element of a packed row;  step: packed rows are padded to multiples of it
-//   Acc                              int32_t or float
-//   Wide                             element of converted w, and `convert(w, n, out)`, if kConverts
-//   tile<mr>(a, a_stride, w, w_stride, k, acc[mr][NR])   adds the products over k elements to acc
+//   MR, NR             largest register tile: MR rows of a by NR rows of w
+//   Elem, Right, Acc   elements of packed a and of converted w; sums: float, or uint32_t (may wrap on the way to an int32)
+//   kStep, kBlockK     rows are padded to multiples of kStep; a tile runs over at most kBlockK elements
+//   kDirectRows        with at most so many rows of a, tiles read w as it lies: conversion would not pay
+//   convert(w, n, to)  one row of w as tiles want it, zeros up to a multiple of kStep
+//   tile<mr, direct>(a, a_stride, w, w_stride_in_bytes, k, acc [mr][NR], ahead)   stores the products over k elements
 //
-// Both operands are read along K, so weights need no packing: a tile of dot products is summed lane by lane and
-// reduced once at its end. Blocks of K keep NR rows of w in the L1 cache while the rows of a pass by.
+// Both operands are read along K, so weights need no packing beforehand: a tile of dot products is summed lane by
+// lane and reduced once at its end. A block of K keeps NR rows of w in the L1 cache while the rows of a pass by.
 #pragma once
 
 #include "convert.h"
@@ -16,6 +17,12 @@
 
 namespace attnkit::cpu::ATTNKIT_ISA {
 
+// Register tiles are arrays: their loops must unroll before the compiler decides what lives in memory.
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
 #define ATTNKIT_INLINE static inline __attribute__((always_inline))
 
 // ---------------------------------------------------------------- rows of 16-bit and float values
@@ -110,72 +117,79 @@ static void merge_row(const void* a, const void* b, int dtype, int64_t n, float 
     const int64_t m = n - i < 256 ? n - i : 256;
     widen_any(static_cast<const char*>(a) + i * size, dtype, m, x);
     widen_any(static_cast<const char*>(b) + i * size, dtype, m, y);
-    for (int64_t j = 0; j < m; ++j) x[j] = (wa > 0.0f ? x[j] * wa : 0.0f) + (wb > 0.0f ? y[j] * wb : 0.0f);
+    for (int64_t j = 0; j < m; ++j) x[j] = (wa != 0.0f ? x[j] * wa : 0.0f) + (wb != 0.0f ? y[j] * wb : 0.0f);
     narrow_any(x, m, static_cast<char*>(out) + i * size, dtype);
   }
 }
 
 // ---------------------------------------------------------------- product
 
-template <class Micro>
-ATTNKIT_INLINE void tile_of(int mr, const typename Micro::Elem* a, int64_t sa, const typename Micro::Right* w, int64_t sw,
-                            int64_t k, typename Micro::Acc* acc) {
+// Memory that is wanted soon: the next rows of w, brought nearer while a tile computes. NR rows `stride` apart for a
+// direct tile (there are few a panel), two for another; a tile without such a wish names a row it reads anyway.
+struct Ahead {
+  const char* at;
+  int64_t stride;
+};
+
+template <class Micro, bool direct>
+ATTNKIT_INLINE void tile_of(int mr, const typename Micro::Elem* a, int64_t sa, const char* w, int64_t sw, int64_t k,
+                            typename Micro::Acc* acc, Ahead ahead) {
   switch (mr) {
-    case 1: return Micro::template tile<1>(a, sa, w, sw, k, acc);
-    case 2: return Micro::template tile<2>(a, sa, w, sw, k, acc);
-    case 3: return Micro::template tile<3>(a, sa, w, sw, k, acc);
-    case 4: if constexpr (Micro::MR >= 4) return Micro::template tile<4>(a, sa, w, sw, k, acc); break;
-    case 5: if constexpr (Micro::MR >= 5) return Micro::template tile<5>(a, sa, w, sw, k, acc); break;
-    case 6: if constexpr (Micro::MR >= 6) return Micro::template tile<6>(a, sa, w, sw, k, acc); break;
+    case 1: return Micro::template tile<1, direct>(a, sa, w, sw, k, acc, ahead);
+    case 2: return Micro::template tile<2, direct>(a, sa, w, sw, k, acc, ahead);
+    case 3: return Micro::template tile<3, direct>(a, sa, w, sw, k, acc, ahead);
+    case 4: if constexpr (Micro::MR >= 4) return Micro::template tile<4, direct>(a, sa, w, sw, k, acc, ahead); break;
+    case 5: if constexpr (Micro::MR >= 5) return Micro::template tile<5, direct>(a, sa, w, sw, k, acc, ahead); break;
+    case 6: if constexpr (Micro::MR >= 6) return Micro::template tile<6, direct>(a, sa, w, sw, k, acc, ahead); break;
   }
 }
 
-// acc [rows][kBlockN] gets the sums over K of rows [m0, m1) and n0 .. n1.
-template <class Micro>
+// acc [rows][kBlockN] gets the sums over K of rows [m0, m1) and columns [n0, n1).
+template <class Micro, bool direct>
 ATTNKIT_INLINE void products(const GemmCall& c, int64_t m0, int64_t m1, int64_t n0, int64_t n1, typename Micro::Acc* acc,
-                             char* scratch) {
+                             char* buffer) {
   using Elem = typename Micro::Elem;
   using Right = typename Micro::Right;
   using Acc = typename Micro::Acc;
+  constexpr int NR = Micro::NR;
   const Elem* a = reinterpret_cast<const Elem*>(c.packed + m0 * c.row_bytes);
   const int64_t sa = c.row_bytes / int64_t(sizeof(Elem)), rows = m1 - m0;
   const int64_t tiles = (rows + Micro::MR - 1) / Micro::MR;
-  for (int64_t k0 = 0; k0 < c.K; k0 += Micro::kBlockK) {
-    const int64_t k = c.K - k0 < Micro::kBlockK ? c.K - k0 : Micro::kBlockK;
-    for (int64_t n = n0; n < n1; n += Micro::NR) {
-      // Rows of w past the last one repeat it: the tile keeps its shape and the extra sums are dropped.
-      const int64_t nr = n1 - n < Micro::NR ? n1 - n : Micro::NR;
-      const int8_t* w = c.w + n * c.ldw + k0;
-      const Right* right;
-      int64_t sw[1];
-      Acc part[Micro::MR * Micro::NR];
-      if constexpr (Micro::kConverts) {
-        Right* buffer = reinterpret_cast<Right*>(scratch);
-        const int64_t padded = (k + Micro::kStep - 1) / Micro::kStep * Micro::kStep;
-        for (int64_t j = 0; j < nr; ++j) Micro::convert(w + j * c.ldw, k, buffer + j * padded);
-        right = buffer;
-        sw[0] = padded;
-      } else {
-        right = reinterpret_cast<const Right*>(w);
-        sw[0] = c.ldw;
+  // Exact sums may be cut anywhere, so direct tiles take all of K; float sums are cut alike for every M.
+  constexpr bool exact = Acc(0.5f) == Acc(0);
+  const int64_t blocks = direct && exact ? 1 : (c.K + Micro::kBlockK - 1) / Micro::kBlockK;
+  const int64_t block = (c.K / (blocks > 0 ? blocks : 1) / Micro::kStep + 1) * Micro::kStep;
+  Acc part[Micro::MR * NR];
+  for (int64_t k0 = 0; k0 < c.K; k0 += block) {
+    const int64_t k = c.K - k0 < block ? c.K - k0 : block;
+    for (int64_t n = n0; n < n1; n += NR) {
+      const int64_t nr = n1 - n < NR ? n1 - n : NR;
+      const char* w = reinterpret_cast<const char*>(c.w) + n * c.ldw + k0;
+      int64_t sw = c.ldw;
+      if constexpr (!direct) {
+        sw = ((k + Micro::kStep - 1) / Micro::kStep * Micro::kStep * int64_t(sizeof(Right)) + 63) / 64 * 64 + 64;
+        for (int64_t j = 0; j < nr; ++j)
+          Micro::convert(reinterpret_cast<const int8_t*>(w) + j * c.ldw, k, reinterpret_cast<Right*>(buffer + j * sw));
       }
+      const char* next = n + 2 * NR <= n1 ? w + NR * c.ldw : nullptr;
+      if constexpr (!direct) w = buffer;
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t i0 = rows * t / tiles, i1 = rows * (t + 1) / tiles;
-        const int mr = int(i1 - i0);
-        if (nr == Micro::NR) {
-          tile_of<Micro>(mr, a + i0 * sa + k0, sa, right, sw[0], k, part);
+        const int64_t i0 = rows * t / tiles;
+        const int mr = int(rows * (t + 1) / tiles - i0);
+        const Ahead ahead = next && t < (direct ? 1 : 2) ? Ahead{next + 2 * t * c.ldw, c.ldw} : Ahead{w, 0};
+        // A tile that is not full runs column by column: its sums are formed as in a full one.
+        for (int64_t j = 0; j < nr; j += nr == NR ? NR : 1) {
+          tile_of<Micro, direct>(mr, a + i0 * sa + k0, sa, w + j * sw, nr == NR ? sw : 0, k, part, ahead);
           for (int64_t i = 0; i < mr; ++i)
-            for (int64_t j = 0; j < Micro::NR; ++j) acc[(i0 + i) * kBlockN + n - n0 + j] += part[i * Micro::NR + j];
-        } else {
-          for (int64_t j = 0; j < nr; ++j) {
-            tile_of<Micro>(mr, a + i0 * sa + k0, sa, right + j * sw[0], 0, k, part);
-            for (int64_t i = 0; i < mr; ++i) acc[(i0 + i) * kBlockN + n - n0 + j] += part[i * Micro::NR];
-          }
+            for (int64_t l = 0; l < (nr == NR ? NR : 1); ++l) acc[(i0 + i) * kBlockN + n - n0 + j + l] += part[i * NR + l];
         }
       }
     }
   }
 }
+
+ATTNKIT_INLINE float value_of(uint32_t sum) { return static_cast<float>(static_cast<int32_t>(sum)); }
+ATTNKIT_INLINE float value_of(float sum) { return sum; }
 
 template <class Acc>
 ATTNKIT_INLINE void epilogue(const GemmCall& c, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const Acc* acc) {
@@ -187,9 +201,9 @@ ATTNKIT_INLINE void epilogue(const GemmCall& c, int64_t m0, int64_t m1, int64_t 
     const float s = c.a_scale[m * c.a_scale_stride];
     const Acc* from = acc + (m - m0) * kBlockN;
     if (c.bias)
-      for (int64_t j = 0; j < n; ++j) row[j] = static_cast<float>(from[j]) * s * scale[j] + bias[j];
+      for (int64_t j = 0; j < n; ++j) row[j] = value_of(from[j]) * s * scale[j] + bias[j];
     else
-      for (int64_t j = 0; j < n; ++j) row[j] = static_cast<float>(from[j]) * s * scale[j];
+      for (int64_t j = 0; j < n; ++j) row[j] = value_of(from[j]) * s * scale[j];
     narrow_any(row, n, static_cast<char*>(c.out) + (m * c.ldo + n0) * (c.out_type == kFloat32 ? 4 : 2), c.out_type);
   }
 }
@@ -200,7 +214,14 @@ ATTNKIT_INLINE void block_of(const GemmCall& c, int64_t m0, int64_t m1, int64_t 
   Acc* acc = reinterpret_cast<Acc*>(scratch);
   for (int64_t m = m0; m < m1; ++m)
     for (int64_t j = 0; j < n1 - n0; ++j) acc[(m - m0) * kBlockN + j] = c.start ? Acc(c.start[m]) : Acc(0);
-  products<Micro>(c, m0, m1, n0, n1, acc, scratch + kBlockM * kBlockN * 4);
+  char* buffer = scratch + kBlockM * kBlockN * 4;
+  if constexpr (Micro::kDirectRows > 0) {
+    if (m1 - m0 <= Micro::kDirectRows) {
+      products<Micro, true>(c, m0, m1, n0, n1, acc, buffer);
+      return epilogue(c, m0, m1, n0, n1, acc);
+    }
+  }
+  products<Micro, false>(c, m0, m1, n0, n1, acc, buffer);
   epilogue(c, m0, m1, n0, n1, acc);
 }
 
