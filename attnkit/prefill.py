@@ -10,6 +10,7 @@ from torch import Tensor
 from attnkit import attention, check, registry, settings
 from attnkit.backends import flashinfer, torch_ref
 from attnkit.backends.cpu import attention as cpu_attention
+from attnkit.backends.cuda import prefill as cuda_prefill
 from attnkit.backends.triton import prefill as triton_prefill
 from attnkit.cache import PageTable
 from attnkit.dispatch import PlanCache, make_plan
@@ -17,6 +18,7 @@ from attnkit.roofline import Cost
 
 OP = "paged_prefill"
 KERNELS = (
+    cuda_prefill.PAGED_PREFILL,
     triton_prefill.PAGED_PREFILL,
     flashinfer.PAGED_PREFILL,
     cpu_attention.PAGED_PREFILL,

@@ -1,0 +1,64 @@
+"""Configs of the sm_90a prefill kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnkit.arch import Arch
+from attnkit.configs import Space, pow2
+from attnkit.signature import AttentionSig
+
+
+@dataclass(frozen=True, slots=True)
+class CudaConfig:
+    """
+    consumers  warpgroups of 64 query rows in a CTA
+    block      keys in a tile
+    stages     tiles of K, and of V, in flight
+    """
+
+    consumers: int
+    block: int
+    stages: int
+
+
+def padded(head: int) -> int:
+    """The head size a build is made for: whole 64-column boxes, and what wgmma has widths for."""
+    return next(n for n in (64, 128, 192, 256) if head <= n)
+
+
+def shared_bytes(sig: AttentionSig, config: CudaConfig) -> int:
+    """What csrc/cuda/prefill_sm90.cuh's SharedBytes says."""
+    D, Dv = padded(sig.D), padded(sig.Dv)
+    tiles = config.stages * config.block * (D + Dv) * 2
+    return 1024 + 64 * config.consumers * D * 2 + tiles + 1024 * 4 + 256
+
+
+def default(sig: AttentionSig, arch: Arch) -> CudaConfig:
+    head = padded(sig.D)
+    if head == 256:
+        return CudaConfig(2, 64, 2)
+    return CudaConfig(3, 128, 4) if head == 64 else CudaConfig(2, 128, 2)
+
+
+def candidates(sig: AttentionSig, arch: Arch) -> list[CudaConfig]:
+    every = [default(sig, arch), CudaConfig(2, 128, 2), CudaConfig(2, 64, 2), CudaConfig(2, 64, 3), CudaConfig(2, 64, 4)]
+    if padded(sig.D) == 64:
+        every += [CudaConfig(3, 128, 2), CudaConfig(3, 128, 4), CudaConfig(3, 64, 4)]
+    return [c for c in dict.fromkeys(every) if fits(sig, c)]
+
+
+def fits(sig: AttentionSig, config: CudaConfig) -> bool:
+    """Shared memory, and registers: a thread holds block / 2 scores, block / 4 probabilities and Dv / 2 outputs."""
+    registers = config.block // 2 + config.block // 4 + padded(sig.Dv) // 2
+    return shared_bytes(sig, config) <= 227 * 1024 and registers <= (200 if config.consumers == 2 else 130)
+
+
+def bucket(sig: AttentionSig) -> str:
+    return f"Hq{sig.Hq}-Hkv{sig.Hkv}-D{sig.D}-Dv{sig.Dv}-S{sig.S}-B{pow2(sig.B)}-T{pow2(sig.T)}"
+
+
+CUDA = Space(
+    "paged_prefill", "cuda_sm90", CudaConfig, default, candidates, bucket,
+    sources=("csrc/cuda/prefill_sm90.cuh", "csrc/cuda/prefill_schedule.cuh", "csrc/cuda/wgmma_sm90.cuh"),
+)  # fmt: skip
