@@ -15,17 +15,15 @@ help:
 	@echo "make gpu-check  on a GPU machine: the GPU tests and the perf suite, then the receipt"
 	@echo "make receipt    does the committed receipt belong to this code?"
 
-# A torch that is already there is used as it is; else the pinned one of requirements-dev.txt.
-$(READY): requirements-dev.txt pyproject.toml setup.py
+$(READY): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e . --no-build-isolation --no-deps
 	touch $(READY)
 
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc -type f)
 BUILT := $(VENV)/.built
-$(BUILT): $(READY) $(CSRC) setup.py
-	$(BIN)/python setup.py -q build_ext --inplace
+$(BUILT): $(READY) $(CSRC) setup.py pyproject.toml
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e . --no-build-isolation --no-deps
 	touch $(BUILT)
 
 demo: $(BUILT)
@@ -33,7 +31,7 @@ demo: $(BUILT)
 
 lint: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check . || true
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test: $(BUILT) lint

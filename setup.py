@@ -42,6 +42,11 @@ def _flags(source: str) -> list[str]:
 class BuildExt(build_ext):
     """Compiles each file with its own flags, two at a time, skipping what has not changed."""
 
+    def finalize_options(self) -> None:
+        # One place for objects, whoever builds (pip, a wheel, build_ext --inplace), so that nothing is compiled twice.
+        self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-{platform.machine()}")
+        super().finalize_options()
+
     def build_extension(self, ext: Pybind11Extension) -> None:
         compiler = self.compiler
         compile_one = compiler._compile
