@@ -184,7 +184,7 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (int8 or e4m3 [M, K], float32 scale [M])."""
     top = 127.0 if dtype == torch.int8 else 448.0
     x = x.float()
-    scale = x.abs().amax(1) / top if x.shape[1] else x.new_zeros(x.shape[0])
+    scale = x.abs().amax(1) / x.new_full((), top) if x.shape[1] else x.new_zeros(x.shape[0])
     scale = torch.where(scale == 0, 1.0, scale)
     scaled = x / scale[:, None]
     return (scaled.round() if dtype == torch.int8 else scaled).clamp(-top, top).to(dtype), scale

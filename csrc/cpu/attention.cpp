@@ -1,4 +1,5 @@
-// CPU attention: checks what lies in lens and the page table, cuts a call into tasks, and runs them on the best build for this machine.
+// CPU attention: checks what lies in lens and the page table, cuts a call into tasks, and runs them on the best build that
+// this machine can run.
 #include "attention.h"
 
 #include <pybind11/pybind11.h>
@@ -87,8 +88,8 @@ struct Sequence {
 };
 
 std::string place(const char* what, int64_t b, int64_t value, int64_t low, int64_t high) {
-  return std::string(what) + "[" + std::to_string(b) + "] = " + std::to_string(value) + " is outside [" + std::to_string(low) + ", " +
-         std::to_string(high) + "]";
+  return std::string(what) + "[" + std::to_string(b) + "] = " + std::to_string(value) + " is outside [" +
+         std::to_string(low) + ", " + std::to_string(high) + "]";
 }
 
 // Cumulative offsets [B + 1]: from 0 or above, never falling, up to `total`.
@@ -118,8 +119,8 @@ Sequence sequence(const std::string& op, const Problem& p, int64_t b) {
   const int32_t* table = p.pages + b * p.pages_stride;
   for (int64_t w = first_key(p, s.L, s.n) / p.S; w < (s.L + p.S - 1) / p.S; w++)
     if (table[w] < 0 || table[w] >= p.P)
-      throw std::invalid_argument(op + ": pages[" + std::to_string(b) + ", " + std::to_string(w) + "] = " + std::to_string(table[w]) +
-                                  " is outside [0, " + std::to_string(p.P) + ")");
+      throw std::invalid_argument(op + ": pages[" + std::to_string(b) + ", " + std::to_string(w) + "] = " +
+                                  std::to_string(table[w]) + " is outside [0, " + std::to_string(p.P) + ")");
   return s;
 }
 
@@ -144,14 +145,15 @@ constexpr size_t kWhole = ~size_t(0);
 int64_t chunk_keys(int64_t rows) { return rows > 1024 ? INT32_MAX : 512 * ((rows + 63) / 64); }
 
 void add_rows(const Problem& p, const Sequence& s, int32_t b, int32_t head, int64_t row0, int64_t rows, Work& work) {
-  const int64_t at = s.L - s.n, first = row0 / p.G, last = (row0 + rows - 1) / p.G;  // token positions of the block: at + first...
-  int64_t lo = p.window ? std::max<int64_t>(0, at + std::max<int64_t>(first, -at) - p.window + 1) : 0, hi = s.L;
+  const int64_t at = s.L - s.n, first = row0 / p.G, last = (row0 + rows - 1) / p.G;  // tokens at at + first to at + last
+  int64_t lo = p.window ? std::max<int64_t>(0, at + first - p.window + 1) : 0, hi = s.L;
   if (p.causal && !p.tree) hi = at + last + 1;
   if (!p.causal && p.window) hi = std::min(s.L, at + last + p.window);
   if (at + last < 0) hi = 0;
   hi = std::max<int64_t>(hi, 0);
   lo = std::min(lo, hi);
-  Task t = {b, head, int32_t(s.n), int32_t(s.L), s.token0, s.key0, int32_t(row0), int32_t(rows), int32_t(lo), int32_t(hi), nullptr};
+  Task t = {b,          head,        int32_t(s.n), int32_t(s.L), s.token0, s.key0, int32_t(row0), int32_t(rows),
+            int32_t(lo), int32_t(hi), nullptr};
   const int64_t chunk = chunk_keys(s.n * p.G), begin = lo / chunk, end = std::max(begin + 1, (hi + chunk - 1) / chunk);
   work.cost += rows * (hi - lo + 16) * (p.D + p.Dv);
   if (end - begin == 1) {
@@ -247,8 +249,9 @@ void clear_padding(const Problem& p) {
 // One signature of a call: sizes, strides and options. Calling it takes addresses only.
 class Attention {
  public:
-  Attention(std::string op, int q_type, int kv_type, std::array<int64_t, 10> sizes, std::array<std::array<int64_t, 3>, 4> strides,
-            int64_t pages_stride, double scale, double out_scale, bool causal, int64_t window, double softcap, bool values_in_keys)
+  Attention(std::string op, int q_type, int kv_type, std::array<int64_t, 10> sizes,
+            std::array<std::array<int64_t, 3>, 4> strides, int64_t pages_stride, double scale, double out_scale, bool causal,
+            int64_t window, double softcap, bool values_in_keys)
       : op_(std::move(op)) {
     Problem& p = p_;
     p = Problem{};
@@ -265,9 +268,10 @@ class Attention {
     p.causal = causal, p.window = std::min<int64_t>(window, INT32_MAX), p.values_in_keys = values_in_keys;
   }
 
-  void operator()(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t pages, uintptr_t lens, uintptr_t cu_q, uintptr_t cu_k, int64_t N,
-                  uintptr_t sinks, uintptr_t k_scale, int64_t k_scale_stride, uintptr_t v_scale, int64_t v_scale_stride, uintptr_t tree,
-                  std::array<int64_t, 3> tree_stride, uintptr_t out, uintptr_t lse, int threads, const std::string& isa) const {
+  void operator()(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t pages, uintptr_t lens, uintptr_t cu_q, uintptr_t cu_k,
+                  int64_t N, uintptr_t sinks, uintptr_t k_scale, int64_t k_scale_stride, uintptr_t v_scale,
+                  int64_t v_scale_stride, uintptr_t tree, std::array<int64_t, 3> tree_stride, uintptr_t out, uintptr_t lse,
+                  int threads, const std::string& isa) const {
     Problem p = p_;
     p.q = reinterpret_cast<const char*>(q), p.k = reinterpret_cast<const char*>(k), p.v = reinterpret_cast<const char*>(v);
     p.pages = reinterpret_cast<const int32_t*>(pages), p.lens = reinterpret_cast<const int32_t*>(lens);
@@ -292,13 +296,14 @@ class Attention {
 
 void register_cpu_attention(py::module_& m) {
   py::class_<Attention>(m, "CpuAttention",
-                        "One signature of a CPU attention call. sizes: B T Q Hq Hkv D Dv P S W (Q 0: ragged queries; S 0: ragged keys); "
-                        "strides in elements: q and out (sequence, token, head), k and v (page, slot, head); dtypes: 0 float32, "
-                        "1 bfloat16, 2 float16, 3 int8, 4 e4m3")
-      .def(py::init<std::string, int, int, std::array<int64_t, 10>, std::array<std::array<int64_t, 3>, 4>, int64_t, double, double, bool,
-                    int64_t, double, bool>(),
-           py::arg("op"), py::arg("q_type"), py::arg("kv_type"), py::arg("sizes"), py::arg("strides"), py::arg("pages_stride"),
-           py::arg("scale"), py::arg("out_scale"), py::arg("causal"), py::arg("window"), py::arg("softcap"), py::arg("values_in_keys"))
+                        "One signature of a CPU attention call. sizes: B T Q Hq Hkv D Dv P S W (Q 0: ragged queries; S 0: "
+                        "ragged keys); strides in elements: q, k, v, out, of (sequence, token, head) or (page, slot, head); "
+                        "dtypes: 0 float32, 1 bfloat16, 2 float16, 3 int8, 4 e4m3")
+      .def(py::init<std::string, int, int, std::array<int64_t, 10>, std::array<std::array<int64_t, 3>, 4>, int64_t, double,
+                    double, bool, int64_t, double, bool>(),
+           py::arg("op"), py::arg("q_type"), py::arg("kv_type"), py::arg("sizes"), py::arg("strides"),
+           py::arg("pages_stride"), py::arg("scale"), py::arg("out_scale"), py::arg("causal"), py::arg("window"),
+           py::arg("softcap"), py::arg("values_in_keys"))
       .def("__call__", &Attention::operator(), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_attention_isas", &isas, "Builds of the attention kernel that this machine can run, best first.");
 }

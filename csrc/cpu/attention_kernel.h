@@ -17,11 +17,11 @@ namespace ATTNKIT_ISA {
 constexpr float kInf = __builtin_inff();
 constexpr int kAheadEvery = 8;    // steps of an inner loop between two looks ahead
 constexpr int kGroupVectors = 3;  // vectors of rows in a K.Q^T register block
-#if defined(__AVX512F__)
 constexpr int kMaxBlockRows = 6;  // rows in a P.V register block
+// Keys in a K.Q^T register block: with 32 vector registers twice what fits 16.
+#if defined(__AVX512F__)
 constexpr int block_keys(int vectors) { return vectors == 1 ? 16 : 8; }
 #else
-constexpr int kMaxBlockRows = 6;
 constexpr int block_keys(int vectors) { return vectors == 1 ? 8 : 4; }
 #endif
 
@@ -209,7 +209,8 @@ static F<L> mask_scores(const Scratch& x, int row, const Sight& sight, int64_t a
 
 // Probabilities of a tile for L rows, the running maximum and sum, and alpha, what the rows' O shrinks by.
 template <class Mac, int L>
-static void softmax(const Scratch& x, int row, F<L> best, const float* s, int stride, int keys, uint32_t* prob, int64_t prob_stride) {
+static void softmax(const Scratch& x, int row, F<L> best, const float* s, int stride, int keys, uint32_t* prob,
+                    int64_t prob_stride) {
   const F<L> before = load<L>(x.top + row), top = vmax<L>(before, best);
   const F<L> base = top == -kInf ? F<L>{} : top;
   const F<L> alpha = expv<L, 6>(before - base);
@@ -288,13 +289,29 @@ struct Loaders {
 };
 
 template <class Mac, int L>
-static void score_group(int vectors, const Scratch& x, const uint32_t* q, int units, int keys, float scale, float* top, Ahead& ahead) {
+static void score_group(int vectors, const Scratch& x, const uint32_t* q, int units, int keys, float scale, float* top,
+                        Ahead& ahead) {
   if (L == kLanes && vectors == 3)
     scores<Mac, kLanes, 3>(x.k, q, units, keys, scale, x.s, top, ahead);
   else if (L == kLanes && vectors == 2)
     scores<Mac, kLanes, 2>(x.k, q, units, keys, scale, x.s, top, ahead);
   else
     scores<Mac, L, 1>(x.k, q, units, keys, scale, x.s, top, ahead);
+}
+
+// O of every row over a tile of `steps` V units a column.
+template <class Mac>
+static void add_values(int rows, int64_t Dv, const Scratch& x, int64_t p_stride, int steps, int64_t o_stride, Ahead& ahead) {
+  constexpr int most = kColumnVectors, fewer = kColumnVectors > 2 ? 3 : 2;
+  for (int64_t c = 0; c < Dv; c += kColumns) {
+    const uint32_t* v = x.v + c * steps;
+    if (Dv - c > kColumns - kLanes)
+      values_rows<Mac, most>(rows, x.prob, p_stride, v, steps, x.o + c, o_stride, x.alpha, ahead);
+    else if (Dv - c > kLanes)
+      values_rows<Mac, fewer>(rows, x.prob, p_stride, v, steps, x.o + c, o_stride, x.alpha, ahead);
+    else
+      values_rows<Mac, 1>(rows, x.prob, p_stride, v, steps, x.o + c, o_stride, x.alpha, ahead);
+  }
 }
 
 // Rows in groups of at most kGroupVectors vectors, as even as they come.
@@ -318,38 +335,37 @@ static void load_queries(const Problem& p, const Task& t, const Groups& groups, 
   }
 }
 
-template <class Mac, int L> static void attend_rows(const Problem& p, const Task& t, const Task* after, const Loaders& loaders, char* memory) {
+// How often the loops over a tile ask for lines of the next one.
+template <class Mac> static int ahead_slots(const Groups& groups, int rows, int64_t o_stride, int keys, int units) {
+  const int dots = groups.count * (keys / block_keys(groups.begin(1))) * ((units + kAheadEvery - 1) / kAheadEvery);
+  const int blocks = int(o_stride / kColumns) * ((rows + kMaxBlockRows - 1) / kMaxBlockRows);
+  return dots + blocks * (keys / Mac::kPair / kAheadEvery);
+}
+
+template <class Mac, int L>
+static void attend_rows(const Problem& p, const Task& t, const Task* after, const Loaders& loaders, char* memory) {
   Scratch x(p, memory);
   const int vectors = (t.rows + L - 1) / L, padded_rows = vectors * L, units = int(p.D / Mac::kPair);
   const Groups groups = {vectors, (vectors + kGroupVectors - 1) / kGroupVectors};
-  const int64_t o_stride = (p.Dv + kColumns - 1) / kColumns * kColumns;
+  const int64_t o_stride = (p.Dv + kColumns - 1) / kColumns * kColumns, element = size_of(p.kv_type);
   const Sight sight = prepare_rows(p, t, padded_rows, x);
   const float k_scale = p.k_scale ? p.k_scale[t.kv_head * p.k_scale_stride] : 1.0f;
   const float scale = float(double(p.scale) * k_scale / (p.softcap != 0 ? p.softcap : 1.0));
   if (t.key_lo < t.key_hi) load_queries<Mac, L>(p, t, groups, loaders, x.q);
   memset(x.o, 0, sizeof(float) * size_t(t.rows * o_stride));
 
-  const int64_t element = size_of(p.kv_type);
-  const char *k_rows[2][kTile], *v_rows[2][kTile];
+  const char *k_rows[2][kTile], *v_rows[2][kTile];  // of this tile and the next
   find_tile(p, t, t.key_lo, k_rows[0], v_rows[0]);
-  // How often a tile's loops ask for lines of the next one.
-  auto slots = [&](int keys) {
-    const int dots = groups.count * (keys / block_keys(groups.begin(1))) * ((units + kAheadEvery - 1) / kAheadEvery);
-    const int sums = int(o_stride / kColumns) * ((t.rows + kMaxBlockRows - 1) / kMaxBlockRows) * (keys / Mac::kPair / kAheadEvery);
-    return dots + sums;
-  };
   int now = 0;
   for (int64_t at = t.key_lo; at < t.key_hi; at += kTile, now ^= 1) {
     const int count = tile_keys(t, at), keys = (count + 15) & ~15;
     loaders.keys(k_rows[now], count, p.D, x.k);
     loaders.values(v_rows[now], count, keys, p.Dv, x.v);
     const bool last = at + kTile >= t.key_hi;
-    int next = 0;
-    if (!last)
-      next = find_tile(p, t, at + kTile, k_rows[now ^ 1], v_rows[now ^ 1]);
-    else if (after)
-      next = find_tile(p, *after, after->key_lo, k_rows[now ^ 1], v_rows[now ^ 1]);
-    Ahead ahead(k_rows[now ^ 1], p.D * element, v_rows[now ^ 1], p.values_in_keys ? 0 : p.Dv * element, next, slots(keys));
+    const Task* source = last ? after : &t;
+    const int next = source ? find_tile(p, *source, last ? after->key_lo : at + kTile, k_rows[now ^ 1], v_rows[now ^ 1]) : 0;
+    Ahead ahead(k_rows[now ^ 1], p.D * element, v_rows[now ^ 1], p.values_in_keys ? 0 : p.Dv * element, next,
+                ahead_slots<Mac>(groups, t.rows, o_stride, keys, units));
     const bool masked = !sight.plain(at, at + keys);
     for (int g = 0; g < groups.count; g++) {
       const int first = groups.begin(g), take = groups.begin(g + 1) - first;
@@ -357,31 +373,22 @@ template <class Mac, int L> static void attend_rows(const Problem& p, const Task
       score_group<Mac, L>(take, x, x.q + int64_t(first) * L * units, units, keys, scale, top, ahead);
       for (int i = 0; i < take; i++) {
         const int row = (first + i) * L;
+        float* s = x.s + i * L;
         F<L> best = load<L>(top + i * L);
-        if (masked || p.softcap != 0) best = mask_scores<L>(x, row, sight, at, keys, p.softcap, masked, x.s + i * L, take * L);
-        softmax<Mac, L>(x, row, best, x.s + i * L, take * L, keys, x.prob + row, padded_rows);
+        if (masked || p.softcap != 0) best = mask_scores<L>(x, row, sight, at, keys, p.softcap, masked, s, take * L);
+        softmax<Mac, L>(x, row, best, s, take * L, keys, x.prob + row, padded_rows);
       }
     }
-    const int steps = keys / Mac::kPair;
-    for (int64_t c = 0; c < p.Dv; c += kColumns) {
-      const uint32_t* v = x.v + c * steps;
-      const int64_t left = p.Dv - c;
-      if (left > kColumns - kLanes)
-        values_rows<Mac, kColumnVectors>(t.rows, x.prob, padded_rows, v, steps, x.o + c, o_stride, x.alpha, ahead);
-      else if (left > kLanes)
-        values_rows<Mac, kColumnVectors / 2 + (kColumnVectors > 2)>(t.rows, x.prob, padded_rows, v, steps, x.o + c, o_stride, x.alpha, ahead);
-      else
-        values_rows<Mac, 1>(t.rows, x.prob, padded_rows, v, steps, x.o + c, o_stride, x.alpha, ahead);
-    }
+    add_values<Mac>(t.rows, p.Dv, x, padded_rows, keys / Mac::kPair, o_stride, ahead);
   }
-  if (t.partial)
-    write_partial(p, t, x, o_stride);
-  else
-    for (int r = 0; r < t.rows; r++) write_row(p, t, r, x.top[r], x.sum[r], x.o + r * o_stride);
+  if (t.partial) return write_partial(p, t, x, o_stride);
+  for (int r = 0; r < t.rows; r++) write_row(p, t, r, x.top[r], x.sum[r], x.o + r * o_stride);
 }
 
 template <DType T> static Loaders loaders_f32(DType q) {
-  auto query = q == DType::f32 ? load_query_f32<DType::f32> : q == DType::bf16 ? load_query_f32<DType::bf16> : load_query_f32<DType::f16>;
+  auto query = load_query_f32<DType::f32>;
+  if (q == DType::bf16) query = load_query_f32<DType::bf16>;
+  if (q == DType::f16) query = load_query_f32<DType::f16>;
   return {load_keys_f32<T>, load_values_f32<T>, query};
 }
 

@@ -180,12 +180,12 @@ static int find_tile(const Problem& p, const Task& t, int64_t at, const char** k
 class Ahead {
  public:
   Ahead(const char* const* k, int64_t k_bytes, const char* const* v, int64_t v_bytes, int count, int slots)
-      : row_(k), row_end_(k + count), v_(v), bytes_(k_bytes), v_bytes_(v_bytes), count_(count), at_(nullptr), end_(nullptr) {
-    lines = int((count * ((k_bytes + 63) / 64 + (v_bytes + 63) / 64) + slots - 1) / slots);
+      : row_(k), row_end_(k + count), v_(v), bytes_(k_bytes), v_bytes_(v_bytes), count_(count) {
+    lines_ = int((count * ((k_bytes + 63) / 64 + (v_bytes + 63) / 64) + slots - 1) / slots);
   }
 
   inline __attribute__((always_inline)) void step() {
-    for (int i = 0; i < lines; i++) {
+    for (int i = 0; i < lines_; i++) {
       if (at_ >= end_ && !next()) return;
       __builtin_prefetch(at_, 0, 2);
       at_ += 64;
@@ -207,8 +207,8 @@ class Ahead {
 
   const char *const *row_, *const *row_end_, *const *v_;
   int64_t bytes_, v_bytes_;
-  int count_, lines;
-  const char *at_, *end_;
+  int count_, lines_;
+  const char *at_ = nullptr, *end_ = nullptr;
 };
 
 }  // namespace ATTNKIT_ISA

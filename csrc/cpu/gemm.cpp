@@ -100,7 +100,7 @@ void run_gemm(GemmCall c, int threads, const GemmOps& ops) {
   const size_t rows = size_t(c.M) * size_t(c.row_bytes);
   c.packed = memory.get(rows + size_t(c.M) * 4);
   c.start = c.kind == kInt8 ? reinterpret_cast<uint32_t*>(c.packed + rows) : nullptr;
-  if (c.M * c.K > 1 << 16)
+  if (c.M * c.K > 1 << 19)  // below, a second parallel region costs more than it saves
     parallel_for(c.M, threads, [&](int64_t m) { ops.pack_row(c, m); });
   else
     for (int64_t m = 0; m < c.M; ++m) ops.pack_row(c, m);

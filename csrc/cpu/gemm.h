@@ -22,7 +22,7 @@ struct GemmCall {
   uint32_t* start;  // [M], or null: from zero
 };
 
-constexpr int64_t kBlockM = 120;   // rows of a that stay in the L2 cache while rows of w pass by
+constexpr int64_t kBlockM = 84;   // rows of a that stay in the L2 cache while rows of w pass by
 constexpr int64_t kBlockN = 64;    // rows of w in one task, at most
 constexpr int64_t kGemmScratch = kBlockM * kBlockN * 4 + (64 << 10);  // accumulators, and converted rows of w
 

@@ -111,37 +111,44 @@ static bool load(const void* x, int dtype, int64_t n, float* out) {
 }
 
 static void penalise(float* l, int64_t at, int64_t n, const Penalties& p) {
+  // Steps of a constant length, over copies where a row's end would be read past: then every loop vectorises.
   constexpr int64_t kStep = 512;
-  float change[kStep];
+  const float repetition = p.repetition, frequency = p.frequency, presence = p.presence;
+  alignas(64) float x[kStep] = {}, change[kStep];
+  int32_t counts[kStep];
+  uint8_t prompt[kStep];
   for (int64_t i0 = 0; i0 < n; i0 += kStep) {
-    const int64_t m = n - i0 < kStep ? n - i0 : kStep;
-    float* x = l + i0;
-    const int32_t* counts = p.counts ? p.counts + at + i0 : nullptr;
-    const uint8_t* prompt = p.prompt ? p.prompt + at + i0 : nullptr;
-    if (p.repetition != 1.0f && (counts || prompt)) {
-      uint8_t seen[kStep];
-      for (int64_t i = 0; i < m; ++i) seen[i] = (counts && counts[i] > 0) | (prompt && prompt[i] != 0);
-      for (int64_t i = 0; i < m; ++i) {
-        const float y = x[i] > 0.0f ? x[i] / p.repetition : x[i] * p.repetition;
-        x[i] = seen[i] ? y : x[i];
-      }
-    }
-    if (counts && p.frequency != 0.0f) {
+    const int64_t m = n - i0 < kStep ? n - i0 : kStep, v0 = at + i0;
+    std::memcpy(x, l + i0, size_t(m) * 4);
+    if (p.counts || p.prompt) {
+      std::memset(counts, 0, sizeof counts);
+      std::memset(prompt, 0, sizeof prompt);
+      if (p.counts) std::memcpy(counts, p.counts + v0, size_t(m) * 4);
+      if (p.prompt) std::memcpy(prompt, p.prompt + v0, size_t(m));
+      if (repetition != 1.0f)
+        for (int64_t i = 0; i < kStep; ++i) {
+          const float divided = x[i] / repetition, multiplied = x[i] * repetition;
+          const float y = x[i] > 0.0f ? divided : multiplied;
+          x[i] = (counts[i] > 0) | (prompt[i] != 0) ? y : x[i];
+        }
       // Two loops: product and difference must round apart, and in one they may become a fused operation.
-      for (int64_t i = 0; i < m; ++i) change[i] = p.frequency * static_cast<float>(counts[i]);
-      __asm__ volatile("" : : "r"(change) : "memory");
-      for (int64_t i = 0; i < m; ++i) x[i] -= change[i];
-    }
-    if (counts && p.presence != 0.0f)
-      for (int64_t i = 0; i < m; ++i) x[i] = counts[i] > 0 ? x[i] - p.presence : x[i];
-    if (p.bias)
-      for (int64_t i = 0; i < m; ++i) x[i] += p.bias[at + i0 + i];
-    if (p.allowed)
-      for (int64_t i = 0; i < m; ++i) {
-        const int64_t v = at + i0 + i;
-        x[i] = (static_cast<uint32_t>(p.allowed[v >> 5]) >> (v & 31)) & 1u ? x[i] : -kInf;
+      if (frequency != 0.0f) {
+        for (int64_t i = 0; i < kStep; ++i) change[i] = frequency * static_cast<float>(counts[i]);
+        __asm__ volatile("" : : "r"(change) : "memory");
+        for (int64_t i = 0; i < kStep; ++i) x[i] -= change[i];
       }
-    for (int64_t i = 0; i < m; ++i) x[i] = x[i] > kMax ? kMax : x[i];
+      if (presence != 0.0f)
+        for (int64_t i = 0; i < kStep; ++i) x[i] -= counts[i] > 0 ? presence : 0.0f;
+    }
+    if (p.bias)
+      for (int64_t i = 0; i < m; ++i) x[i] += p.bias[v0 + i];
+    if (p.allowed)
+      for (int64_t i = 0; i < m; i += 32) {
+        const uint32_t word = static_cast<uint32_t>(p.allowed[(v0 + i) >> 5]);
+        for (int j = 0; j < 32; ++j) x[i + j] = (word >> j) & 1u ? x[i + j] : -kInf;
+      }
+    for (int64_t i = 0; i < kStep; ++i) x[i] = x[i] > kMax ? kMax : x[i];
+    std::memcpy(l + i0, x, size_t(m) * 4);
   }
 }
 
