@@ -84,7 +84,7 @@ class DecodeRows:
         if self._remote:
             for device, host in zip((self.ints, self.lens), self._host):
                 device.copy_(host, non_blocking=True)
-            self._send(moved + [(row, columns[row], columns[row] + 1) for row in entered])
+            self._send(moved + [(int(row), int(columns[row]), int(columns[row]) + 1) for row in entered])
         return int(columns.max()) + 1
 
     def _move(self, lists: list[list[int]]) -> list[tuple[int, int, int]]:

@@ -204,8 +204,8 @@ def _rope(f: _Fields, dim: int, max_positions: int) -> Rope:
     if options.pop("partial_rotary_factor", f.raw.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
         raise f.fail("partial_rotary_factor is given, supported: 1.0")
     if kind in ("llama3", "yarn"):
-        original = f.raw.get("original_max_position_embeddings")
-        options["original_max_position_embeddings"] = original or options.get("original_max_position_embeddings") or max_positions
+        name = "original_max_position_embeddings"
+        options[name] = f.raw.get(name) or options.get(name) or max_positions
     needed = {"linear": ("factor",), "dynamic": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed.get(kind, ()):
         if name not in options:

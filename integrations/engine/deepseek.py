@@ -51,13 +51,13 @@ def _layer(c: ModelConfig, m: Latent, source: Source, index: int) -> Layer:
     experts = c.experts if c.experts is not None and index >= c.experts.first else None
     return Layer(
         attention_norm=RmsNorm(source(f"{name}.input_layernorm.weight", c.hidden), c.eps),
-        q_down=None if m.q_rank is None else linear(source, f"{attention}.q_a_proj", q_rank, c.hidden, c.qkv_bias),
+        q_down=None if m.q_rank is None else linear(source, f"{attention}.q_a_proj", q_rank, c.hidden, c.qkv_bias).ready(),
         q_norm=None if m.q_rank is None else RmsNorm(source(f"{attention}.q_a_layernorm.weight", q_rank), _INNER_EPS),
         q_up=_rope_rows_to_halves(q_up, c.heads, m.nope, m.rope),
         kv_down=_rope_rows_to_halves(kv_down, 1, m.kv_rank, m.rope),
         kv_norm=RmsNorm(source(f"{attention}.kv_a_layernorm.weight", m.kv_rank), _INNER_EPS),
         up=up.view(c.heads, m.nope + m.value, m.kv_rank),
-        out=linear(source, f"{attention}.o_proj", c.hidden, c.heads * m.value, c.o_bias),
+        out=linear(source, f"{attention}.o_proj", c.hidden, c.heads * m.value, c.o_bias).ready(),
         mlp_norm=RmsNorm(source(f"{name}.post_attention_layernorm.weight", c.hidden), c.eps),
         mlp=mlp(source, f"{name}.mlp", c.hidden, c.intermediate, c.mlp_bias)
         if experts is None
@@ -69,7 +69,7 @@ def _rope_rows_to_halves(part: Linear, heads: int, plain: int, rope: int) -> Lin
     """DeepSeek rotates pairs (2i, 2i + 1). Reordering q's and k's rows alike lets it rotate halves, as the others do."""
     order = torch.cat((torch.arange(plain), plain + halves_from_pairs(rope)))
     rows = (torch.arange(heads)[:, None] * (plain + rope) + order).flatten().to(part.weight.device)
-    return Linear(part.weight[rows], None if part.bias is None else part.bias[rows])
+    return Linear(part.weight[rows], None if part.bias is None else part.bias[rows]).ready()
 
 
 class DeepseekV2:
@@ -83,7 +83,7 @@ class DeepseekV2:
         self.embedding = source("model.embed_tokens.weight", c.vocab, c.hidden)
         self.layers = [_layer(c, m, source, i) for i in range(c.layers)]
         self.norm = RmsNorm(source("model.norm.weight", c.hidden), c.eps)
-        self.head = Linear(self.embedding if c.tied else source("lm_head.weight", c.vocab, c.hidden))
+        self.head = Linear(self.embedding if c.tied else source("lm_head.weight", c.vocab, c.hidden)).ready()
         inverse, self.rope_scale = c.rope.frequencies()
         self.rope = inverse.to(self.embedding.device)
         self.scale = (m.nope + m.rope) ** -0.5 * c.rope.softmax_factor()
@@ -99,13 +99,17 @@ class DeepseekV2:
         width = c.latent.kv_rank + c.latent.rope if c.latent else 0
         return (c.layers, num_pages, page_size, width)
 
+    def views(self, cache: Tensor) -> list[Tensor]:
+        """Each layer's latent rows, [P, S, C + R]."""
+        return list(cache)
+
     def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor:
         """Tokens to logits [rows, V]; new latent rows go into ``caches``, one a layer."""
         x = self.embedding[batch.tokens]
         cos, sin = cos_sin(batch.positions, self.rope, self.rope_scale, torch.float32)
         for layer, cache in zip(self.layers, caches):
-            x = x + layer.out(self._attend(layer, layer.attention_norm(x), cos, sin, batch, cache))
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = layer.out.onto(x, self._attend(layer, layer.attention_norm(x), cos, sin, batch, cache))
+            x = layer.mlp.onto(x, layer.mlp_norm(x))
         if batch.rows is not None:
             x = x[batch.rows]
         return self.head(self.norm(x))
@@ -125,7 +129,8 @@ class DeepseekV2:
         if batch.decode is not None:
             absorbed = torch.bmm(q_nope[:n].transpose(0, 1), layer.up[:, : m.nope]).transpose(0, 1)
             query = torch.cat((absorbed, q_rope[:n]), -1)
-            out = attnkit.mla_decode(query, cache, batch.decode, latent=m.kv_rank, scale=self.scale)
+            out = query.new_empty((n, c.heads, m.kv_rank))
+            attnkit.mla_decode(query, cache, batch.decode, latent=m.kv_rank, scale=self.scale, out=out)
             parts.append(torch.bmm(out.transpose(0, 1), layer.up[:, m.nope :].transpose(1, 2)).transpose(0, 1))
         if batch.prefill is not None:
             query = torch.cat((q_nope[n:], q_rope[n:]), -1)
@@ -140,4 +145,6 @@ class DeepseekV2:
             latent, k_rope = rows[:, : m.kv_rank], rows[:, None, m.kv_rank :]
         kv = torch.mm(latent, layer.up.flatten(0, 1).t()).view(-1, c.heads, m.nope + m.value)
         k = torch.cat((kv[..., : m.nope], k_rope.expand(-1, c.heads, -1)), -1)
-        return attnkit.mla_prefill(q, k, kv[..., m.nope :], p.cu_q, p.cu_k, scale=self.scale)
+        out = q.new_empty((q.shape[0], c.heads, m.value))
+        attnkit.mla_prefill(q, k, kv[..., m.nope :], p.cu_q, p.cu_k, scale=self.scale, out=out)
+        return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +15,16 @@ from .llama import Llama
 from .weights import Checkpoint, Reader, Source, Wishes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Model(Protocol):
-    """What the runner needs. ``capturable``: a decode step reads nothing back to the host."""
+    """What the runner needs.
+
+    capturable   a decode step reads nothing back to the host
+    cache_shape  of the whole KV cache, layers first
+    views        the cache cut into what ``forward`` takes, one a layer
+    """
 
     config: ModelConfig
 
@@ -27,7 +33,9 @@ class Model(Protocol):
 
     def cache_shape(self, c: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]: ...
 
-    def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor: ...
+    def views(self, cache: Tensor) -> list[Any]: ...
+
+    def forward(self, batch: Batch, caches: list[Any]) -> Tensor: ...
 
 
 def _construct(config: ModelConfig, source: Source) -> Model:
@@ -56,11 +64,13 @@ def load(directory: Path, dtype: str | torch.dtype, device: torch.device) -> tup
 def _dtype(wanted: str | torch.dtype, config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
     if isinstance(wanted, torch.dtype):
         wanted = str(wanted).removeprefix("torch.")
+    wanted = _SHORT.get(wanted, wanted)
     if wanted == "auto":
         if config.dtype is None:
             return checkpoint.dtype()
         if config.dtype not in DTYPES:
-            raise CheckpointError(f"{checkpoint.directory / 'config.json'}: dtype is {config.dtype!r}, supported: {', '.join(DTYPES)}")
+            file = checkpoint.directory / "config.json"
+            raise CheckpointError(f"{file}: dtype is {config.dtype!r}, supported: {', '.join(DTYPES)}")
         return DTYPES[config.dtype]
     if wanted not in DTYPES:
         raise ValueError(f"LLM: dtype is {wanted!r}, wanted 'auto', {', '.join(map(repr, DTYPES))}")

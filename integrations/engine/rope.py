@@ -65,7 +65,8 @@ class Rope:
     def _llama3(self, inverse: Tensor) -> Tensor:
         """Long wavelengths are stretched by factor, short ones kept, those between blended."""
         o = self.options
-        factor, low, high, original = (o[k] for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        factor, low, high = o["factor"], o["low_freq_factor"], o["high_freq_factor"]
+        original = o["original_max_position_embeddings"]
         wavelength = 2 * math.pi / inverse
         smooth = (original / wavelength - low) / (high - low)
         blended = (1 - smooth) * inverse / factor + smooth * inverse
@@ -100,19 +101,18 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def cos_sin(positions: Tensor, inverse: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions [T] -> cos and sin [T, 1, dim], both halves alike; a head axis to broadcast over."""
-    angle = positions.to(torch.float32)[:, None] * inverse
-    angle = torch.cat((angle, angle), -1)[:, None]
-    if scale == 1.0:
-        return angle.cos().to(dtype), angle.sin().to(dtype)
-    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+    """positions [T] -> cos and sin [T, 1, dim], a head axis to broadcast over. sin's first half is negative: see rotate."""
+    angle = positions.to(torch.float32)[:, None, None] * inverse
+    cos, sin = angle.cos(), angle.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, H, dim] rotated by halves: element i pairs with i + dim / 2."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return torch.addcmul(x * cos, turned, sin)
+    first, second = x.chunk(2, -1)
+    return torch.addcmul(x * cos, torch.cat((second, first), -1), sin)
 
 
 def halves_from_pairs(dim: int) -> Tensor:

@@ -95,7 +95,8 @@ class Checkpoint:
         for tensor, file in wanted.items():
             plain = isinstance(file, str) and file not in ("", ".", "..") and not any(c in file for c in "/\\:\0")
             if not plain or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: {tensor} is said to be in {file!r}, wanted a .safetensors file in the same directory")
+                wish = "wanted a .safetensors file in the same directory"
+                raise CheckpointError(f"{index}: {tensor} is said to be in {file!r}, {wish}")
             if file not in headers:
                 if not (self.directory / file).exists():
                     raise CheckpointError(f"{index}: {tensor} is said to be in {file}, which does not exist")
@@ -155,7 +156,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     for name, claim in header.items():
         entry, start, stop = _entry(path, name, claim)
         if stop > size - 8 - length:
-            raise CheckpointError(f"{path}: truncated: {name} ends at byte {stop} of the data, the file has {size - 8 - length}")
+            raise CheckpointError(f"{path}: truncated: {name} ends at byte {stop} of {size - 8 - length} bytes of data")
         entries[name] = entry
         spans.append((start, stop, name))
     end = 0
