@@ -8,6 +8,7 @@ Idea: S. Williams, A. Waterman, D. Patterson, "Roofline", CACM 52(4), 2009.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -69,7 +70,12 @@ def _cuda_read(device: torch.device) -> float:
     x = torch.randn(n, device=device)
     out = torch.empty((), device=device)
     t = timing.measure([lambda: torch.sum(x, dim=0, out=out)], device, 0.1)
-    return n * 4 / (t.us * 1e-6)
+    return n * 4 / (t.best * 1e-6)
+
+
+def product_rate(call: timing.Call, n: int, device: torch.device) -> float:
+    """Operations a second of ``call``, a product of two n x n matrices, at its best."""
+    return 2.0 * n**3 / (timing.measure([call], device, 0.1).best * 1e-6)
 
 
 def _cuda_products(device: torch.device, n: int = 8192) -> dict[str, float]:
@@ -80,22 +86,19 @@ def _cuda_products(device: torch.device, n: int = 8192) -> dict[str, float]:
     """
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=torch.bfloat16)
-    ops = 2.0 * n**3
-    rates = {"bf16": ops / (timing.measure([lambda: torch.mm(a, b, out=out)], device, 0.1).us * 1e-6)}
+    rates = {"bf16": product_rate(lambda: torch.mm(a, b, out=out), n, device)}
     x, y = (torch.randint(-127, 128, (n, n), device=device, dtype=torch.int8) for _ in range(2))
-    rates["int8"] = ops / (timing.measure([lambda: torch._int_mm(x, y.t())], device, 0.1).us * 1e-6)
+    rates["int8"] = product_rate(lambda: torch._int_mm(x, y.t()), n, device)
     if torch.cuda.get_device_capability(device) >= (8, 9):
-        f, g = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
-        one = torch.ones((), device=device)
-        t = timing.measure(
-            [lambda: torch._scaled_mm(f, g.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)], device, 0.1
-        )
-        rates["fp8"] = ops / (t.us * 1e-6)
+        f, g, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
+        options: dict[str, Any] = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+        rates["fp8"] = product_rate(lambda: torch._scaled_mm(f, g.t(), **options), n, device)
         rates["int8"] = max(rates["int8"], rates["fp8"])
     return rates
 
 
 def _cpu(n: int = 1024) -> Roof:
+    """The best of some rounds: a roof is what the machine can do, and others may be using it."""
     words = (256 << 20) // 4
     x = torch.ones(words)
     a, b = torch.randn(n, n), torch.randn(n, n)
@@ -110,10 +113,10 @@ def _cpu(n: int = 1024) -> Roof:
         },
         budget=1.0,
     ).timings
-    rates = {kind: 2.0 * n**3 / (times[kind].us * 1e-6) for kind in ("bf16", "fp32", "int8")}
+    rates = {kind: 2.0 * n**3 / (times[kind].best * 1e-6) for kind in ("bf16", "fp32", "int8")}
     # A CPU without bf16 (int8) products widens the operands: then the wider product is the roof.
     product = {"bf16": max(rates["bf16"], rates["fp32"]), "fp32": rates["fp32"], "int8": max(rates.values())}
-    return Roof(words * 4 / (times["read"].us * 1e-6), product)
+    return Roof(words * 4 / (times["read"].best * 1e-6), product)
 
 
 _roofs: dict[str, Roof] = {}
@@ -133,7 +136,12 @@ def measure_roof(device: torch.device) -> Roof:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case by one kernel, beside its peers. ``peers`` maps a name to its time in microseconds."""
+    """One case by one kernel, beside its peers.
+
+    us, spread  microseconds; ``default_us`` is what default() takes where a tuned config ran
+    err         how far from the reference
+    peers       name -> microseconds
+    """
 
     family: str
     case: str
@@ -142,11 +150,13 @@ class Row:
     spread: float
     flops: float
     bytes: float
+    kind: str
     bound: str
     roof_pct: float
     err: float
     config: str = ""
     origin: str = ""
+    default_us: float | None = None
     peers: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -168,7 +178,8 @@ class Row:
 
 def row(family: str, case: str, kernel: str, cost: Cost, t: timing.Timing, roof: Roof, err: float, **more: Any) -> Row:
     pct = 100 * roof.seconds(cost) / (t.us * 1e-6)
-    return Row(family, case, kernel, t.us, t.spread, cost.flops, cost.bytes, roof.bound(cost), pct, err, **more)
+    work = (cost.flops, cost.bytes, cost.kind)
+    return Row(family, case, kernel, t.us, t.spread, *work, roof.bound(cost), pct, err, **more)
 
 
 COLUMNS = ("case", "kernel", "us ± spread", "TFLOP/s", "TB/s", "bound", "% of roof", "x best peer")
@@ -176,10 +187,15 @@ COLUMNS = ("case", "kernel", "us ± spread", "TFLOP/s", "TB/s", "bound", "% of r
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of COLUMNS."""
-    us = f"{row.us:,.1f} ± {row.spread:.1f}" if row.us < 1e5 else f"{row.us:,.0f} ± {row.spread:,.0f}"
-    rates = (f"{row.tflops:.3g}", f"{row.gbs * 1e-3:.3g}")
+    us = f"{row.us:,.1f} ± {row.spread:,.1f}" if row.us < 1e4 else f"{row.us:,.0f} ± {row.spread:,.0f}"
+    rates = (_rate(row.tflops) if row.flops else "", _rate(row.gbs * 1e-3))
     over = "" if row.over_peer is None else f"{row.over_peer:.2f}"
     return (row.case, row.impl, us, *rates, row.bound, f"{row.roof_pct:.0f}", over)
+
+
+def _rate(x: float) -> str:
+    """Three figures, and no exponent: a CPU's small numbers stand in the same column as a GPU's."""
+    return f"{x:.4f}" if x < 1 else f"{x:.3g}" if x < 1000 else f"{x:.0f}"
 
 
 def headline(roof: Roof, device: torch.device) -> str:
@@ -187,18 +203,32 @@ def headline(roof: Roof, device: torch.device) -> str:
     return f"{arch_of.of(device).name}: measured roof {roof.read / 1e12:.3g} TB/s read; TFLOP/s: {rates}"
 
 
-def table(rows: Sequence[Row], roof: Roof, device: torch.device) -> Any:
-    """The roofline table for a terminal (a rich Table): a heading a family, long case names folded."""
+def table(rows: Sequence[Row], roof: Roof, device: torch.device, width: int = 100) -> Any:
+    """The roofline table for a terminal of ``width`` columns (a rich Table): a heading a family, long names folded."""
     from rich.table import Table
 
+    columns = COLUMNS if any(r.peers for r in rows) else COLUMNS[:-1]
+    lines = [cells(r)[: len(columns)] for r in rows]
+    rest = sum(max(len(line[i]) for line in [columns, *lines]) + 1 for i in range(1, len(columns)))
     out = Table(title=headline(roof, device), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in COLUMNS:
-        text = name in ("case", "kernel", "bound")
-        out.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=name != "case")
+    for name in columns:
+        out.add_column(
+            name, justify="left" if name in ("case", "kernel", "bound") else "right", overflow="fold", no_wrap=name != "case"
+        )
     family = None
-    for r in rows:
+    for r, line in zip(rows, lines, strict=True):
         if r.family != family:
             family = r.family
             out.add_row(f"[bold]{family}[/bold]")
-        out.add_row(*cells(r))
+        out.add_row(_folded(line[0], max(12, width - rest - 1)), *line[1:])
     return out
+
+
+def _folded(name: str, width: int) -> str:
+    """``name`` broken after dashes into lines of at most ``width``."""
+    lines = [""]
+    for part in re.findall(r"[^-]*-|[^-]+$", name):
+        if len(lines[-1]) + len(part) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)

@@ -33,6 +33,7 @@ class Timing:
     """
     us        median time of one launch, microseconds
     spread    half the distance from the 10th to the 90th percentile, microseconds
+    best      the shortest of all
     samples   how many times were taken
     launches  launches in each sample
     how       "graph", "events" (a call that cannot be captured: host cost included) or "clock" (CPU)
@@ -40,6 +41,7 @@ class Timing:
 
     us: float
     spread: float
+    best: float
     samples: int
     launches: int
     how: str
@@ -61,21 +63,28 @@ def _timing(samples_us: list[float], launches: int, how: str) -> Timing:
     if not us > 0:
         raise RuntimeError(f"timing: the clock says {us} us for a launch: nothing ran")
     if len(samples_us) < 3:
-        return Timing(us, (max(samples_us) - min(samples_us)) / 2, len(samples_us), launches, how)
-    tenths = statistics.quantiles(samples_us, n=10, method="inclusive")
-    return Timing(us, (tenths[-1] - tenths[0]) / 2, len(samples_us), launches, how)
+        spread = (max(samples_us) - min(samples_us)) / 2
+    else:
+        tenths = statistics.quantiles(samples_us, n=10, method="inclusive")
+        spread = (tenths[-1] - tenths[0]) / 2
+    return Timing(us, spread, min(samples_us), len(samples_us), launches, how)
+
+
+class NotCapturable(RuntimeError):
+    """A call synchronises, or does what else a CUDA graph cannot hold."""
 
 
 class Replay:
     """A CUDA graph of many launches over rotated buffers.
 
     The first call of each runs outside the graph, so that whatever compiles or allocates does so there.
-    Raises what the calls raise; RuntimeError where one cannot be captured.
+    Raises what the calls raise, and NotCapturable where the capture fails.
     """
 
     def __init__(self, calls: Sequence[Call], device: torch.device, launches: int | None = None) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        torch.cuda.synchronize(device)  # the inputs may still be on their way on another stream
         with torch.cuda.device(device), torch.cuda.stream(self.stream):
             for call in calls:
                 call()
@@ -84,9 +93,13 @@ class Replay:
                 launches = self._launches(calls)
             self.launches = launches
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                for i in range(launches):
-                    calls[i % len(calls)]()
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    for i in range(launches):
+                        calls[i % len(calls)]()
+            except RuntimeError as error:
+                _after_failed_capture(device)
+                raise NotCapturable(f"timing: {str(error).splitlines()[0]}") from error
         self.replay()
         torch.cuda.synchronize(device)
 
@@ -133,6 +146,13 @@ class Replay:
     def close(self) -> None:
         """Give the graph's memory back."""
         self.graph.reset()
+
+
+def _after_failed_capture(device: torch.device) -> None:
+    """torch leaves its random generator in capture mode: give it a state of its own again."""
+    torch.cuda.synchronize(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
 
 
 def events(calls: Sequence[Call], device: torch.device, budget: float = 0.06) -> Timing:
@@ -189,9 +209,10 @@ def paired(contenders: Mapping[str, Sequence[Call]], budget: float = 1.0, least:
     finally:
         if enabled:
             gc.enable()
+    timings = {name: _timing(samples[name], 1, "clock") for name in names}
     first = samples[names[0]]
     ratios = {name: statistics.median(b / a for a, b in zip(first, samples[name], strict=True)) for name in names}
-    return Paired({name: _timing(samples[name], 1, "clock") for name in names}, ratios)
+    return Paired(timings, ratios)
 
 
 def measure(calls: Sequence[Call], device: torch.device, budget: float = 0.06) -> Timing:
@@ -200,10 +221,7 @@ def measure(calls: Sequence[Call], device: torch.device, budget: float = 0.06) -
         return paired({"call": calls}, budget).timings["call"]
     try:
         replay = Replay(calls, device)
-    except RuntimeError as error:
-        if "captur" not in str(error).lower():
-            raise
-        torch.cuda.synchronize(device)
+    except NotCapturable:
         return events(calls, device, budget)
     try:
         return replay.time(budget)

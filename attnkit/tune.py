@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from attnkit import arch, dispatch, timing
+from attnkit import arch, dispatch, settings, timing
 from attnkit.configs import store
 from attnkit.dispatch import Kernel
-from attnkit.workload import Case, Gemm, Inputs, Sample, checked_error, plan, rotated
+from attnkit.workload import Case, Gemm, Inputs, Sample, checked_error, clone, plan, rotated
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
 
 #: A config has to beat the default by this much: less is noise, and the default is known to be robust.
@@ -64,9 +64,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     out += [MlaDecode(B=B, L=L, H=H) for B, L, H in ((1, 8192, 128), (32, 4096, 128), (64, 16384, 16))]
     out += [MlaPrefill(B=4, L=2048, H=16)]
     layers = (
-        [(28672, 4096)]
-        if quick
-        else [(28672, 4096), (4096, 14336), (6144, 4096), (37888, 3584), (3584, 18944), (8192, 28672)]
+        [(28672, 4096)] if quick else [(28672, 4096), (4096, 14336), (6144, 4096), (37888, 3584), (3584, 18944), (8192, 28672)]
     )
     rows = (1, 16, 64, 256, 4096) if quick else (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
     out += [Gemm(M=M, N=N, K=K, dtype=dtype) for N, K in layers for M in rows for dtype in ("int8", "fp8")]
@@ -97,7 +95,7 @@ def tune(
     Returns what was measured. Raises RuntimeError while a CUDA graph is being captured, ValueError for an
     unknown op. A file that cannot be written costs one warning; the results then serve this process.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing():
         raise RuntimeError("attnkit.tune: a CUDA graph is being captured on this stream; tune before the capture")
     if op is not None and op not in OPS:
         raise ValueError(f"attnkit.tune: op is {op!r}, wanted one of {', '.join(OPS)}")
@@ -111,6 +109,10 @@ def tune(
             step(i + 1, 0.0, len(chosen), case)
     dispatch.forget_plans()
     return results
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
@@ -130,7 +132,7 @@ def _bar(shown: bool) -> Iterator[Any]:
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("tune")
 
         def step(index: int, part: float, total: int, case: Case) -> None:
@@ -144,7 +146,7 @@ def _tune_case(case: Case, device: torch.device, path: Path, force: bool, step: 
     kernels = []
     sketch = case.build(device, empty=True)
     for kernel in case.kernels():
-        if kernel.configs is None:
+        if kernel.configs is None or (kernel.impl == "triton" and settings.get().interpret):
             continue
         try:
             sig = plan(case, sketch, kernel.name).sig
@@ -179,6 +181,8 @@ def _sweep(case: Case, x: Inputs, kernel: Kernel, sig: Any, device: torch.device
     default = space.default(sig, here)
     candidates = list(dict.fromkeys([default, *space.candidates(sig, here)]))
     fitting = [c for c in candidates if space.smem is None or here.smem == 0 or space.smem(c, sig) <= here.smem]
+    case.poison(x)
+    case.error(x)  # the reference's answer is kept with x before any candidate has touched a clone of it
     wrong, unfit, right = 0, len(candidates) - len(fitting), []
     for i, config in enumerate(fitting):
         step(0.6 * i / len(fitting))
@@ -192,16 +196,14 @@ def _sweep(case: Case, x: Inputs, kernel: Kernel, sig: Any, device: torch.device
     best = min(times, key=times.__getitem__)
     if times[best] > times[default] * (1 - MARGIN):
         best = default
-    return Tuned(
-        case.op, kernel.name, space.bucket(sig), best, times[best], times[default], len(candidates), wrong, unfit
-    )
+    return Tuned(case.op, kernel.name, space.bucket(sig), best, times[best], times[default], len(candidates), wrong, unfit)
 
 
 def _verdict(case: Case, x: Inputs, kernel: Kernel, config: Any) -> str:
-    """ "right", "wrong" or "unfit", from one run on inputs and an output of its own."""
-    clone = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in x.items()}
+    """One of "right", "wrong" or "unfit", from one run on inputs and an output of its own."""
+    own = clone(x)
     try:
-        error = checked_error(case, clone, case.call(clone, kernel.name, config))
+        error = checked_error(case, own, case.call(own, kernel.name, config))
     except Exception as problem:
         if isinstance(problem, torch.cuda.OutOfMemoryError) or not _is_resource_limit(problem):
             raise
@@ -212,14 +214,10 @@ def _verdict(case: Case, x: Inputs, kernel: Kernel, config: Any) -> str:
 def _is_resource_limit(problem: Exception) -> bool:
     """Too much shared memory or too many registers for the device: Triton and the driver word it differently."""
     text = f"{type(problem).__name__} {problem}".lower()
-    return any(
-        word in text for word in ("outofresources", "out of resource", "shared memory", "too many resources", "ptxas")
-    )
+    return any(word in text for word in ("outofresources", "out of resource", "shared memory", "too many resources", "ptxas"))
 
 
-def _times(
-    case: Case, x: Inputs, kernel: Kernel, configs: list[Any], device: torch.device, step: Any
-) -> dict[Any, float]:
+def _times(case: Case, x: Inputs, kernel: Kernel, configs: list[Any], device: torch.device, step: Any) -> dict[Any, float]:
     """Microseconds of each config: a short look at all, then a longer one at the best three and the default."""
     sets = rotated(case, x, device)
     calls = {c: [case.call(s, kernel.name, c) for s in sets] for c in configs}

@@ -13,7 +13,7 @@ from attnkit import decode, mla, prefill, reference
 from attnkit.cache import PageTable
 from attnkit.dispatch import Kernel
 from attnkit.roofline import Cost
-from attnkit.workload import DTYPES, LIMITS, Case, Inputs, relative_error, sized
+from attnkit.workload import DTYPES, LIMITS, Case, Inputs, relative_error, remembered, sized
 
 Lens = int | tuple[int, ...]
 
@@ -29,9 +29,7 @@ def _normal(shape: tuple[int, ...], dtype: str, device: torch.device, empty: boo
         return x if empty else x.normal_()
     out = torch.empty(shape, dtype=DTYPES[dtype], device=device)
     if not empty:
-        for piece in out.split(
-            max(1, (1 << 26) // max(1, out[0].numel()))
-        ):  # a float copy of a large pool would not fit
+        for piece in out.split(max(1, (1 << 26) // max(1, out[0].numel()))):  # a float copy of a large pool would not fit
             wide = torch.randn(piece.shape, device=device)
             piece.copy_((wide * 32).round_().clamp_(-127, 127) if dtype == "int8" else wide)
     return out
@@ -109,9 +107,7 @@ class Paged(Case):
             "v_scale": x["scale"],
         }
 
-    def truth(
-        self, x: Inputs, q: Tensor, which: list[int], lens: list[int], cu: Tensor, tree: Tensor | None = None
-    ) -> Tensor:
+    def truth(self, x: Inputs, q: Tensor, which: list[int], lens: list[int], cu: Tensor, tree: Tensor | None = None) -> Tensor:
         index = torch.tensor(which, device=q.device)
         return reference.paged_attention(
             q, x["k"], x["v"], x["pages"][index], torch.tensor(lens), cu, scale=self.D**-0.5, window=self.window,
@@ -185,7 +181,7 @@ class Decode(Paged):
         which = _some(lens)
         q = x["q"][torch.tensor(which, device=out.device)].flatten(0, 1)
         cu = torch.arange(len(which) + 1) * self.Q
-        truth = self.truth(x, q, which, [lens[b] for b in which], cu, x["tree"])
+        truth = remembered(x, lambda: self.truth(x, q, which, [lens[b] for b in which], cu, x["tree"]))
         return relative_error(out[torch.tensor(which, device=out.device)].flatten(0, 1), truth)
 
 
@@ -227,9 +223,7 @@ class Prefill(Paged):
     def cost(self) -> Cost:
         sizes = DTYPES[self.kv or self.dtype].itemsize, DTYPES[self.dtype].itemsize
         lens = _lens(self.B, self.L)
-        return prefill.cost(
-            self.queries(), lens, self.Hq, self.Hkv, self.D, self.value_size, *sizes, window=self.window
-        )
+        return prefill.cost(self.queries(), lens, self.Hq, self.Hkv, self.D, self.value_size, *sizes, window=self.window)
 
     def small(self) -> Prefill:
         n: Lens = (5, 1, 40) if self.n else 0
@@ -241,7 +235,7 @@ class Prefill(Paged):
         rows = torch.cat([torch.arange(row, row + n) for _, row, n, _ in blocks]).to(out.device)
         which, lens = [b for b, *_ in blocks], [seen for *_, seen in blocks]
         cu = _cumulative([n for _, _, n, _ in blocks], torch.device("cpu"))
-        return relative_error(out[rows], self.truth(x, x["q"][rows], which, lens, cu))
+        return relative_error(out[rows], remembered(x, lambda: self.truth(x, x["q"][rows], which, lens, cu)))
 
 
 def _blocks(counts: list[int], lens: list[int], most: int = 32) -> list[tuple[int, int, int, int]]:
@@ -305,16 +299,19 @@ class MlaDecode(Case):
     def small(self) -> MlaDecode:
         return sized(self, B=3, L=(self.Q, self.S + 1, 2 * self.S + 3), H=min(self.H, 16))
 
+    def truth(self, x: Inputs, index: Tensor, lens: list[int]) -> Tensor:
+        k = x["kv"].unsqueeze(2)
+        return reference.paged_attention(
+            x["q"][index].flatten(0, 1), k, k[..., : self.C], x["pages"][index], torch.tensor(lens),
+            torch.arange(len(lens) + 1) * self.Q, scale=(mla.NOPE + self.R) ** -0.5, compute=torch.float32,
+        )[0]  # fmt: skip
+
     def error(self, x: Inputs, out: Any = None) -> float:
         out = x["out"] if out is None else out.view(x["out"].shape)
         lens = _lens(self.B, self.L)
         which = _some(lens)[-2:]
         index = torch.tensor(which, device=out.device)
-        k = x["kv"].unsqueeze(2)
-        truth = reference.paged_attention(
-            x["q"][index].flatten(0, 1), k, k[..., : self.C], x["pages"][index], torch.tensor([lens[b] for b in which]),
-            torch.arange(len(which) + 1) * self.Q, scale=(mla.NOPE + self.R) ** -0.5, compute=torch.float32,
-        )[0]  # fmt: skip
+        truth = remembered(x, lambda: self.truth(x, index, [lens[b] for b in which]))
         return relative_error(out[index].flatten(0, 1), truth)
 
     @property
@@ -361,15 +358,15 @@ class MlaPrefill(Case):
 
     def error(self, x: Inputs, out: Any = None) -> float:
         out = x["out"] if out is None else out
-        worst = 0.0
-        for b, row, n, seen in _blocks([self.L] * self.B, [self.L] * self.B):
-            keys = slice(b * self.L, b * self.L + seen)
-            mask = reference.visible(n, seen, True, 0, None, out.device)
-            truth, _ = reference.attention(
-                x["q"][row : row + n], x["k"][keys], x["v"][keys], mask, scale=self.D**-0.5, compute=torch.float32
-            )
-            worst = max(worst, relative_error(out[row : row + n], truth))
-        return worst
+        blocks = _blocks([self.L] * self.B, [self.L] * self.B)
+        rows = torch.cat([torch.arange(row, row + n) for _, row, n, _ in blocks]).to(out.device)
+        return relative_error(out[rows], remembered(x, lambda: torch.cat([self.truth(x, *block) for block in blocks])))
+
+    def truth(self, x: Inputs, b: int, row: int, n: int, seen: int) -> Tensor:
+        keys = slice(b * self.L, b * self.L + seen)
+        mask = reference.visible(n, seen, True, 0, None, x["q"].device)
+        q, k, v = x["q"][row : row + n], x["k"][keys], x["v"][keys]
+        return reference.attention(q, k, v, mask, scale=self.D**-0.5, compute=torch.float32)[0]
 
     @property
     def limit(self) -> float:

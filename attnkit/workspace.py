@@ -6,6 +6,10 @@ partials come from the graph's own pool, which keeps them alive and lets later n
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 _partials: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -35,6 +39,28 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _to_keep(device: torch.device, make: Callable[[], Any]) -> Any:
+    """make() in a thread of its own, on the caller's stream: what it allocates may be kept for later calls.
+
+    The caller's thread may be in inference mode, or in the warm-up of torch.compile's CUDA graphs, which sends a thread's
+    allocations to the graph's pool and forbids that any of them outlives the run.
+    """
+    made: list[Any] = []
+
+    def run() -> None:
+        if device.type == "cuda":
+            with torch.cuda.stream(stream):
+                made.append(make())
+        else:
+            made.append(make())
+
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return made[0]
+
+
 def partials(device: torch.device, nbytes: int) -> torch.Tensor:
     """At least ``nbytes`` of uninitialised memory, uint8, 256-byte aligned; valid until the next call's launch."""
     if _capturing(device):
@@ -43,7 +69,8 @@ def partials(device: torch.device, nbytes: int) -> torch.Tensor:
     held = _partials.get(key)
     if held is None or held.numel() < nbytes:
         size = max(nbytes, 1 << 20)
-        held = _partials[key] = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=device)
+        rounded = 1 << (size - 1).bit_length()
+        held = _partials[key] = _to_keep(device, lambda: torch.empty(rounded, dtype=torch.uint8, device=device))
     return held
 
 
@@ -58,11 +85,12 @@ def counters(device: torch.device, n: int) -> torch.Tensor:
         taken = arena.take(n) if arena is not None else None
         return taken if taken is not None else torch.zeros(n, dtype=torch.int32, device=device)
     if device not in _counters:
-        _counters[device] = _Arena(device)
+        _counters[device] = _to_keep(device, lambda: _Arena(device))
     key = (device, _stream(device))
     held = _eager_counters.get(key)
     if held is None or held.numel() < n:
-        held = _eager_counters[key] = torch.zeros(max(n, EAGER_COUNTERS), dtype=torch.int32, device=device)
+        size = max(n, EAGER_COUNTERS)
+        held = _eager_counters[key] = _to_keep(device, lambda: torch.zeros(size, dtype=torch.int32, device=device))
     return held
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 END_OF_TEXT = 256  # ids 0..255 are the bytes themselves
 VOCAB = 264  # padded to a multiple of 8, as Qwen2 pads its own
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
 # Byte tables, and sources that are broken on purpose.
 EXCLUDED = ("site-packages", "dist-packages", "encodings", "lib2to3/tests/data", "test/encoded_modules", "__pycache__")
 
@@ -174,7 +175,7 @@ def read_corpus(root: Path, held_out_percent: float = 5.0) -> Corpus:
         digest.update(name.encode() + b"\0" + text)
     facts: dict[str, object] = {
         "text": "the standard library's .py files that decode as UTF-8, without " + ", ".join(EXCLUDED[2:5]),
-        "python": platform.python_version(),
+        "python": platform.python_version() if root == STDLIB else "another installation's",
         "sha256": digest.hexdigest(),
         "held_out": f"{held_out_percent:g} percent of the files, by the SHA-256 of their relative path",
     }
@@ -345,12 +346,9 @@ def save_tokenizer(out: Path) -> None:
     tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": TINY.max_position,
-    }
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False, "model_max_length": TINY.max_position,
+    }  # fmt: skip
     _write_json(out / "tokenizer_config.json", config)
 
 
@@ -360,32 +358,15 @@ def save(out: Path, model: Model, facts: dict[str, object]) -> None:
     s = model.s
     tensors = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in model.named_parameters()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    _write_json(
-        out / "config.json",
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "vocab_size": VOCAB,
-            "hidden_size": s.hidden,
-            "intermediate_size": s.intermediate,
-            "num_hidden_layers": s.layers,
-            "num_attention_heads": s.heads,
-            "num_key_value_heads": s.kv_heads,
-            "head_dim": s.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": s.eps,
-            "rope_theta": s.rope_theta,
-            "max_position_embeddings": s.max_position,
-            "tie_word_embeddings": True,
-            "use_sliding_window": False,
-            "attention_dropout": 0.0,
-            "initializer_range": 0.02,
-            "use_cache": True,
-            "eos_token_id": END_OF_TEXT,
-            "pad_token_id": END_OF_TEXT,
-            "torch_dtype": "bfloat16",
-        },
-    )
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": s.hidden,
+        "intermediate_size": s.intermediate, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads, "head_dim": s.head_dim, "hidden_act": "silu", "rms_norm_eps": s.eps,
+        "rope_theta": s.rope_theta, "max_position_embeddings": s.max_position, "tie_word_embeddings": True,
+        "use_sliding_window": False, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+        "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {"eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT})
     _write_json(out / "training.json", facts)
     save_tokenizer(out)
@@ -405,7 +386,7 @@ def _write_json(path: Path, value: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "integrations/engine/checkpoints")
-    parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
+    parser.add_argument("--stdlib", type=Path, default=STDLIB, help="where the text is")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=120.0, help="training time of the main model")
     parser.add_argument("--draft-seconds", type=float, default=60.0, help="and of the draft")

@@ -91,8 +91,7 @@ def _well_formed(data: Any) -> bool:
     if not isinstance(header.get("versions"), dict) or not isinstance(header.get("sources"), dict):
         return False
     return all(
-        isinstance(buckets, dict)
-        and all(isinstance(e, dict) and isinstance(e.get("config"), dict) for e in buckets.values())
+        isinstance(buckets, dict) and all(isinstance(e, dict) and isinstance(e.get("config"), dict) for e in buckets.values())
         for buckets in entries.values()
     )
 
@@ -156,9 +155,7 @@ def mismatch(data: dict[str, Any], space: Any, arch: Arch) -> str | None:
     return None
 
 
-def lookup(
-    path: Path, space: Any, bucket: Callable[[Any], str], sig: Any, arch: Arch, quiet: bool = False
-) -> Any | None:
+def lookup(path: Path, space: Any, bucket: Callable[[Any], str], sig: Any, arch: Arch, quiet: bool = False) -> Any | None:
     """The config that ``path`` holds for ``sig``, or None. ``quiet``: a mismatch is expected, say nothing."""
     data = _memory.get(path) or read(path)
     if data is None:

@@ -1,0 +1,138 @@
+"""Every shape that perf/ times, in one place. Letters as everywhere; a new kernel needs no line here."""
+
+from __future__ import annotations
+
+from attnkit.workload import Case, Gemm, Quantize, Sample
+from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+
+FAMILIES = ("prefill", "decode", "mla", "gemm", "sampling")
+
+#: A batch whose bytes sit in one sequence: 63 of about 700 tokens and one of 64k.
+SKEWED = (65536, *(700 + (37 * i) % 61 - 30 for i in range(63)))
+EVEN = (sum(SKEWED) // 64,) * 64
+#: Prompts as they come: 1 to 8192 tokens.
+RAGGED = (1, 17, 60, 129, 333, 512, 777, 1024, 1500, 2048, 2500, 4096, 8192, 3, 250, 640)
+
+
+def _prefill() -> list[Case]:
+    long = [Prefill(B=1, L=L, Hq=Hq, Hkv=8) for L in (8192, 32768) for Hq in (32, 64)]
+    short = [Prefill(B=32, L=512, Hq=32, Hkv=8), Prefill(B=16, L=1024, Hq=32, Hkv=8)]
+    ragged = [Prefill(B=16, L=RAGGED, Hq=32, Hkv=8, label="B16-L1..8192-Hq32-Hkv8-D128-S16-bf16")]
+    heads = [
+        Prefill(B=4, L=4096, Hq=32, Hkv=8, D=64),
+        Prefill(B=4, L=4096, Hq=16, Hkv=8, D=256),
+        Prefill(B=4, L=4096, Hq=16, Hkv=16),
+        Prefill(B=4, L=4096, Hq=16, Hkv=16, D=192, Dv=128),
+        Prefill(B=4, L=2048, Hq=28, Hkv=4, S=64),
+        Prefill(B=4, L=2048, Hq=32, Hkv=8, S=256),
+    ]
+    chunks = [
+        Prefill(B=2, n=256, L=131072, Hq=32, Hkv=8),
+        Prefill(B=4, n=512, L=8192, Hq=32, Hkv=8),
+        Prefill(B=8, n=2048, L=8192, Hq=32, Hkv=8),
+        Prefill(B=1, n=256, L=65536, Hq=8, Hkv=1),
+    ]
+    options = [
+        Prefill(B=1, L=32768, Hq=32, Hkv=8, window=4096),
+        Prefill(B=4, L=4096, Hq=32, Hkv=8, softcap=30.0),
+        Prefill(B=4, L=4096, Hq=32, Hkv=8, sinks=True),
+        Prefill(B=4, L=4096, Hq=32, Hkv=8),
+        Prefill(B=4, n=512, L=8192, Hq=32, Hkv=8, kv="fp8"),
+    ]
+    return [*long, *short, *ragged, *heads, *chunks, *options]
+
+
+def _decode() -> list[Case]:
+    pairs = ((12, 2), (28, 4), (32, 8), (64, 8), (16, 16), (32, 1))
+    # 128 MB of keys and values or more, whatever the heads.
+    full = [Decode(B=32, L=max(2048, 16384 // Hkv), Hq=Hq, Hkv=Hkv) for Hq, Hkv in pairs]
+    pages = [Decode(B=32, L=4096, Hq=32, Hkv=8, S=S) for S in (16, 32, 64, 128)]
+    sizes = [Decode(B=32, L=4096, Hq=32, Hkv=8, D=64), Decode(B=32, L=4096, Hq=16, Hkv=8, D=256)]
+    one = [Decode(B=1, L=L, Hq=Hq, Hkv=Hkv) for Hq, Hkv in ((12, 2), (32, 8)) for L in (1024, 4096, 131072)]
+    skew = [
+        Decode(B=64, L=SKEWED, Hq=32, Hkv=8, label="B64-L64k+63x700-Hq32-Hkv8-D128-S16-bf16"),
+        Decode(B=64, L=EVEN, Hq=32, Hkv=8, label=f"B64-L{EVEN[0]}-Hq32-Hkv8-D128-S16-bf16-even"),
+    ]
+    quantised = [Decode(B=64, L=4096, Hq=32, Hkv=8, kv=kv) for kv in ("", "fp8", "int8")]
+    several = [Decode(B=32, L=4096, Hq=32, Hkv=8, Q=Q) for Q in (2, 4, 8)]
+    several += [Decode(B=32, L=4096, Hq=32, Hkv=8, Q=8, tree=True)]
+    options = [
+        Decode(B=32, L=4096, Hq=32, Hkv=8, batch_invariant=True),
+        Decode(B=16, L=16384, Hq=32, Hkv=8, window=4096),
+        Decode(B=16, L=2048, Hq=28, Hkv=4),
+    ]
+    return [*full, *pages, *sizes, *one, *skew, *quantised, *several, *options]
+
+
+def _mla() -> list[Case]:
+    decode: list[Case] = [
+        MlaDecode(B=1, L=8192, H=128),
+        MlaDecode(B=64, L=16384, H=16),
+        MlaDecode(B=32, L=4096, H=128),
+        MlaDecode(B=128, L=4096, H=128),
+        MlaDecode(B=64, L=8192, H=128, Q=2),
+        MlaDecode(B=32, L=4096, H=128, Q=4),
+        MlaDecode(B=32, L=4096, H=128, S=16),
+        MlaDecode(B=32, L=4096, H=128, S=128),
+        MlaDecode(B=32, L=4096, H=16, C=256),
+    ]
+    return [*decode, MlaPrefill(B=1, L=8192, H=16), MlaPrefill(B=16, L=1024, H=16)]
+
+
+#: N, K of one layer's products: qkv, o, gate and up, down.
+QWEN_7B = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
+LLAMA_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+LLAMA_70B = ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672))
+ROWS = (1, 2, 4, 8, 16, 17, 32, 64, 100, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def _gemm() -> list[Case]:
+    sweep = [Gemm(M=M, N=28672, K=4096) for M in ROWS]
+    layers = [Gemm(M=M, N=N, K=K) for N, K in (*QWEN_7B, *LLAMA_70B) for M in (16, 256, 4096)]
+    narrow = [Gemm(M=M, N=N, K=K) for N, K in LLAMA_8B if N < 28672 for M in (1, 64)]
+    fp8 = [Gemm(M=M, N=28672, K=4096, dtype="fp8") for M in (1, 16, 64, 256, 2048, 8192)]
+    bias = [Gemm(M=64, N=4608, K=3584, bias=True)]
+    quantize = [Quantize(M=M, K=4096) for M in (1, 64, 4096, 32768)] + [Quantize(M=4096, K=4096, dtype="fp8")]
+    return [*sweep, *layers, *narrow, *fp8, *bias, *quantize]
+
+
+def _sampling() -> list[Case]:
+    usual = [Sample(B=B, V=131072, top_k=50, top_p=0.9) for B in (1, 32, 128, 256)]
+    others = [
+        Sample(B=128, V=151936, top_k=50, top_p=0.9, min_p=0.05),
+        Sample(B=256, V=151936, top_p=0.9),
+        Sample(B=128, V=131072, min_p=0.05),
+        Sample(B=128, V=131072, top_k=50, top_p=0.9, penalties=True),
+        Sample(B=128, V=131072, top_k=50, top_p=0.9, dtype="bf16"),
+        Sample(B=128, V=32000, top_k=50, top_p=0.9),
+        Sample(B=64, V=256000, top_k=50, top_p=0.9),
+    ]
+    plain = [Sample(B=B, V=131072, temperature=t) for t in (0.8, 0.0) for B in (1, 128, 256)]
+    return [*usual, *others, *plain, Sample(B=256, V=131072, dtype="bf16")]
+
+
+_GPU = {"prefill": _prefill, "decode": _decode, "mla": _mla, "gemm": _gemm, "sampling": _sampling}
+
+#: What two cores can time in a minute; the first of each family is the one README's ratios are about.
+_CPU: dict[str, list[Case]] = {
+    "prefill": [Prefill(B=1, L=2048, Hq=28, Hkv=4), Prefill(B=4, n=64, L=2048, Hq=28, Hkv=4)],
+    "decode": [
+        Decode(B=16, L=2048, Hq=28, Hkv=4),
+        Decode(B=1, L=8192, Hq=32, Hkv=8),
+        Decode(B=16, L=2048, Hq=28, Hkv=4, kv="int8"),
+        Decode(B=16, L=2048, Hq=28, Hkv=4, Q=4),
+    ],
+    "mla": [MlaDecode(B=8, L=2048, H=16), MlaPrefill(B=1, L=512, H=16)],
+    "gemm": [*(Gemm(M=M, N=18944, K=3584) for M in (16, 1, 4, 8)), Gemm(M=128, N=3584, K=3584), Quantize(M=256, K=4096)],
+    "sampling": [
+        Sample(B=32, V=131072, top_k=50, top_p=0.9),
+        Sample(B=32, V=131072),
+        Sample(B=32, V=131072, temperature=0.0),
+    ],
+}
+
+
+def cases(family: str, device_type: str, small: bool = False) -> list[Case]:
+    """A family's cases on a kind of device; ``small``: the same options, each once, at sizes that are only checked."""
+    chosen = _GPU[family]() if device_type == "cuda" or small else _CPU[family]
+    return list(dict.fromkeys(c.small() for c in chosen)) if small else list(dict.fromkeys(chosen))

@@ -1,0 +1,172 @@
+"""What CI cannot run, written down: `python -m perf.receipt write | check | source`.
+
+`write` runs the GPU tests and `pytest perf/ --benchmark`, and puts their counts and rows into
+perf/results/<gpu>.json. With --no-run it takes what earlier runs left in perf/out: run.json and the JUnit
+files tests.xml and perf.xml. `check` says whether the committed receipts belong to the code as it stands.
+It needs neither git nor a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "perf" / "results"
+OUT = ROOT / "perf" / "out"
+MEASURED = ("attnkit", "csrc", "triton_kernels", "integrations")
+#: What a build, an editor or a test run leaves behind: .gitignore's list for these folders.
+PRODUCTS = frozenset({"__pycache__", "cubins", "build", "dist"})
+SUFFIXES = frozenset({".so", ".pyc", ".pyd", ".o", ".tmp", ".lock", ".corrupt", ".orig", ".rej", ".swp"})
+
+
+class Refused(Exception):
+    """There is nothing to write a receipt of; the message says why."""
+
+
+def sources(root: Path = ROOT) -> Iterator[Path]:
+    """The measured code's files, relative to ``root``, in one order everywhere."""
+    found = []
+    for folder in MEASURED:
+        for path in (root / folder).rglob("*"):
+            parts = path.relative_to(root).parts
+            hidden = any(p in PRODUCTS or p.startswith(".") or p.endswith(".egg-info") for p in parts)
+            if not hidden and path.suffix not in SUFFIXES and path.is_file():
+                found.append(path.relative_to(root))
+    yield from sorted(found, key=lambda p: p.as_posix())
+
+
+def source_hash(root: Path = ROOT) -> str:
+    digest = hashlib.sha256()
+    for path in sources(root):
+        content = (root / path).read_bytes()
+        digest.update(f"{path.as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:32]
+
+
+def counts(files: Sequence[Path]) -> dict[str, int]:
+    """Passed, failed and skipped tests of JUnit files together; an error counts as a failure."""
+    total = {"passed": 0, "failed": 0, "skipped": 0}
+    for path in files:
+        try:
+            suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+        except (OSError, ElementTree.ParseError) as error:
+            raise Refused(f"{path}: cannot be read as JUnit XML ({error})") from None
+        for suite in suites:
+            tests, failures, errors, skipped = (int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped"))
+            total["failed"] += failures + errors
+            total["skipped"] += skipped
+            total["passed"] += tests - failures - errors - skipped
+    return total
+
+
+#: What `write` runs first: name of the JUnit file and pytest's arguments.
+RUNS = (("tests", ["tests", "-m", "gpu"]), ("perf", ["perf", "--benchmark"]))
+
+
+def run_all() -> None:
+    """The GPU tests, then the perf suite, each in a process of its own; failures end up in the JUnit files."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    for old in (OUT / "run.json", *OUT.glob("*.xml")):
+        old.unlink(missing_ok=True)
+    for name, arguments in RUNS:
+        command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={OUT / f'{name}.xml'}"]
+        print("receipt: pytest", *arguments, flush=True)
+        code = subprocess.run(command, cwd=ROOT).returncode
+        if code not in (0, 1):  # 1: tests failed, which the receipt says
+            raise Refused(f"pytest {' '.join(arguments)} ended with {code}")
+
+
+def build(run: Path, junit: Sequence[Path], root: Path = ROOT) -> dict[str, Any]:
+    """The receipt; raises Refused where the run is missing, of a CPU, or of other code."""
+    try:
+        data = json.loads(run.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{run}: {error}; run `pytest perf/ --benchmark` first") from None
+    if data["gpu"].startswith("cpu"):
+        raise Refused(f"{run}: was measured on {data['gpu']}; a receipt is of a GPU")
+    source = source_hash(root)
+    if data["source"] != source:
+        raise Refused(f"{run}: was measured on other code ({data['source']}, now {source}); measure again")
+    if not junit:
+        raise Refused(f"no JUnit files under {OUT}; run the tests with --junitxml={OUT}/tests.xml first")
+    keys = ("source", "gpu", "versions", "roofs")
+    rest = {k: data.get(k, []) for k in ("rows", "engine", "notes")}
+    return {**{k: data[k] for k in keys}, "tests": counts(junit), **rest}
+
+
+def write(run: Path, junit: Sequence[Path]) -> Path:
+    receipt = build(run, junit)
+    path = RESULTS / f"{receipt['gpu']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(receipt), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _rounded(value: Any) -> Any:
+    """Five significant figures: what is beyond them is noise, and the file is read in diffs."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def check(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
+    """What is wrong with the receipts; empty where all is well."""
+    files = sorted(results.glob("*.json"))
+    if not files:
+        return [f"{results}: no receipt; run `make gpu-check` on a machine with a GPU"]
+    source, problems = source_hash(root), []
+    for path in files:
+        try:
+            receipt = json.loads(path.read_text(encoding="utf-8"))
+            belongs, failed, rows = receipt["source"] == source, receipt["tests"]["failed"], len(receipt["rows"])
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"{path.name}: not a receipt ({error!r})")
+            continue
+        if not belongs:
+            problems.append(f"{path.name}: is of other code ({receipt['source']}, now {source})")
+        if failed or not rows:
+            problems.append(f"{path.name}: {failed} tests failed, {rows} rows")
+    return problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf.receipt", description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("write", "check", "source"))
+    parser.add_argument("--no-run", action="store_true", help="take what perf/out holds")
+    parser.add_argument("--run", type=Path, default=OUT / "run.json", help="rows (default perf/out/run.json)")
+    parser.add_argument("--junit", type=Path, nargs="*", help="JUnit files (default perf/out/*.xml)")
+    args = parser.parse_args(argv)
+    if args.what == "source":
+        print(source_hash())
+        return 0
+    if args.what == "check":
+        problems = check()
+        for problem in problems:
+            print(f"receipt: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"receipt: every receipt in {RESULTS.relative_to(ROOT)} is of this code ({source_hash()})")
+        return 1 if problems else 0
+    try:
+        if not args.no_run:
+            run_all()
+        path = write(args.run, args.junit if args.junit is not None else sorted(OUT.glob("*.xml")))
+    except Refused as reason:
+        print(f"receipt: {reason}", file=sys.stderr)
+        return 2
+    tests = json.loads(path.read_text())["tests"]
+    print(f"receipt: {path.relative_to(ROOT)}: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
+    return 1 if tests["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The receipt of GPU runs: its hash, its contents, and when it is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from perf import receipt
+
+JUNIT = '<testsuites><testsuite tests="9" failures="{failed}" errors="1" skipped="2"/><testsuite tests="3"/></testsuites>'
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in (
+        "attnkit/a.py",
+        "csrc/cuda/k.cu",
+        "triton_kernels/t.py",
+        "integrations/engine/e.py",
+        "attnkit/configs/tuned/x.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def test_the_hash_sees_every_change(tree):
+    seen = {receipt.source_hash(tree)}
+    (tree / "attnkit/a.py").write_text("other")
+    seen.add(receipt.source_hash(tree))
+    (tree / "csrc/cuda/k.cu").rename(tree / "csrc/cuda/l.cu")
+    seen.add(receipt.source_hash(tree))
+    (tree / "integrations/engine/new.json").write_text("{}")
+    seen.add(receipt.source_hash(tree))
+    (tree / "attnkit/configs/tuned/x.json").write_text("{}")
+    seen.add(receipt.source_hash(tree))
+    assert len(seen) == 5
+
+
+def test_the_hash_ignores_what_a_build_leaves(tree):
+    before = receipt.source_hash(tree)
+    for name in (
+        "attnkit/_C.cpython-311-x86_64-linux-gnu.so", "attnkit/__pycache__/a.pyc", "attnkit/cubins/decode.cubin", "csrc/build/a.o",
+        "attnkit/attnkit.egg-info/PKG-INFO", "integrations/.mypy_cache/x.json", "attnkit/configs/tuned/x.json.lock",
+        "perf/out/run.json", "tests/test_a.py",
+    ):  # fmt: skip
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("x")
+    assert receipt.source_hash(tree) == before
+
+
+def test_git_tracks_exactly_what_is_hashed():
+    """So that the copy on a GPU machine, without .git, gives the same hash."""
+    import subprocess
+
+    command = ["git", "ls-files", "-co", "--exclude-standard", *receipt.MEASURED]
+    listed = subprocess.run(command, cwd=receipt.ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    kept = {name for name in listed.stdout.splitlines() if (receipt.ROOT / name).is_file()}
+    assert {p.as_posix() for p in receipt.sources()} == kept
+
+
+def outputs(tree, source, gpu="nvidia-h200", failed=1):
+    run, junit = tree / "run.json", tree / "tests.xml"
+    rows = [
+        {
+            "family": "decode",
+            "case": "B1",
+            "impl": "triton",
+            "us": 1.23456789,
+            "tflops": 1,
+            "gbs": 1,
+            "roof_pct": 1,
+            "err": 0,
+            "peers": {},
+        }
+    ]
+    run.write_text(
+        json.dumps({"source": source, "gpu": gpu, "versions": {}, "roofs": {}, "rows": rows, "engine": [{"case": "x"}]})
+    )
+    junit.write_text(JUNIT.format(failed=failed))
+    return run, [junit]
+
+
+def test_a_receipt_has_what_is_asked_for(tree, monkeypatch):
+    monkeypatch.setattr(receipt, "RESULTS", tree / "results")
+    monkeypatch.setattr(receipt, "source_hash", lambda root=None: "abc")
+    path = receipt.write(*outputs(tree, "abc"))
+    assert path.name == "nvidia-h200.json"
+    data = json.loads(path.read_text())
+    assert set(data) >= {"source", "gpu", "versions", "roofs", "tests", "rows", "engine"}
+    assert data["tests"] == {"passed": 8, "failed": 2, "skipped": 2}
+    assert data["rows"][0]["us"] == 1.2346 and data["engine"] == [{"case": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [({"source": "old"}, "measured on other code"), ({"gpu": "cpu-avx2"}, "a receipt is of a GPU")]
+)
+def test_refuses_what_was_not_measured_here(tree, change, says):
+    run, junit = outputs(tree, **{"source": receipt.source_hash(tree), **change})
+    with pytest.raises(receipt.Refused, match=says):
+        receipt.build(run, junit, tree)
+
+
+def test_refuses_without_runs(tree):
+    with pytest.raises(receipt.Refused, match="run `pytest perf/ --benchmark` first"):
+        receipt.build(tree / "gone.json", [], tree)
+    run, _ = outputs(tree, receipt.source_hash(tree))
+    with pytest.raises(receipt.Refused, match="no JUnit files"):
+        receipt.build(run, [], tree)
+    (tree / "bad.xml").write_text("<")
+    with pytest.raises(receipt.Refused, match=r"bad\.xml"):
+        receipt.build(run, [tree / "bad.xml"], tree)
+
+
+def test_check(tree):
+    results = tree / "results"
+    results.mkdir()
+    assert "no receipt" in receipt.check(results, tree)[0]
+    good = {"source": receipt.source_hash(tree), "tests": {"failed": 0}, "rows": [1]}
+    (results / "a.json").write_text(json.dumps(good))
+    assert receipt.check(results, tree) == []
+    (results / "b.json").write_text(json.dumps({**good, "source": "old"}))
+    (results / "c.json").write_text(json.dumps({**good, "tests": {"failed": 3}}))
+    (results / "d.json").write_text("{")
+    problems = receipt.check(results, tree)
+    assert len(problems) == 3
+    assert "other code" in problems[0] and "3 tests failed" in problems[1] and "not a receipt" in problems[2]
