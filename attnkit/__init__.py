@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnkit import hook
 from attnkit.cache import PageTable, merge_states, write_kv
 from attnkit.decode import paged_decode
 from attnkit.gemm import quantize_per_token, quantize_weight, w8a8_gemm
@@ -45,3 +46,6 @@ def __getattr__(name: str) -> Any:
 
         return tune
     raise AttributeError(f"module 'attnkit' has no attribute {name!r}")
+
+
+hook.install()  # transformers learns of attnkit when, and if, it is imported
