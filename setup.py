@@ -6,8 +6,11 @@ the baseline, so the module loads on any x86-64 (or other) machine and picks at 
 
 from __future__ import annotations
 
+import importlib
 import platform
+import shutil
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,6 +79,42 @@ class BuildExt(build_ext):
 
         compiler.compile = compile_all
         super().build_extension(ext)
+
+    def run(self) -> None:
+        super().run()
+        built = prebuild_cubins()
+        if not self.inplace and not self.editable_mode:
+            package = Path(self.build_lib) / "attnkit"
+            self.copy_tree(str(ROOT / "csrc" / "cuda"), str(package / "cuda_source"))
+            if built.is_dir():
+                self.copy_tree(str(built), str(package / "cubins"))
+
+
+def prebuild_cubins() -> Path:
+    """Compile the shipped CUDA builds into attnkit/cubins where nvcc is found; what is up to date is left.
+
+    Without nvcc, and where a file fails to compile, the install goes on: NVRTC compiles on first use.
+    The package is entered beside its __init__, which would import torch.
+    """
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    package = types.ModuleType("attnkit")
+    package.__path__ = [str(ROOT / "attnkit")]
+    sys.modules["attnkit"] = package
+    try:
+        images = importlib.import_module("attnkit.backends.cuda.images")
+        builds = importlib.import_module("attnkit.backends.cuda.builds")
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] == "attnkit"]:
+            del sys.modules[name]
+    if nvcc is None:
+        print("nvcc was not found: CUDA kernels will be compiled on first use")
+        return images.PREBUILT
+    try:
+        made = images.prebuild(builds.shipped(), nvcc)
+        print(f"CUDA kernels: {len(made)} compiled into {images.PREBUILT}")
+    except RuntimeError as error:
+        print(f"CUDA kernels will be compiled on first use: {error}")
+    return images.PREBUILT
 
 
 def sources() -> list[str]:

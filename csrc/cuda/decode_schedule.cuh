@@ -9,10 +9,16 @@
 
 namespace attnkit {
 
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
 // Mirrored by attnkit/backends/cuda/decode.py (PARAMS). Strides in bytes; a null pointer is an option left out.
 struct DecodeParams {
+  TensorMap k_map, v_map;    // (D, S, Hkv, P): boxes of one swizzled plane of up to T slots of one head of one page
+  TensorMap q_map;           // wide builds: (D, Hq, Q, B), boxes of one plane of the block_rows rows of one head
   const char* q;             // [B, Q, Hq, D]
-  const char* k;             // [P, S, Hkv, D]
+  const char* k;             // [P, S, Hkv, D]; read through the maps
   const char* v;             // [P, S, Hkv, DV]
   const int* pages;          // [B, W]
   const int* lens;           // [B]
@@ -22,20 +28,20 @@ struct DecodeParams {
   const u8* tree;            // bool [B, Q, Q]
   char* out;                 // [B, Q, Hq, DV]
   float* lse;                // [B, Q, Hq]
-  float* partial;            // [slots, ROWS, DV], then float2 [slots, ROWS]: weighted sums, then (max, sum)
+  float* partial;            // [slots, ROWS, DV] weighted sums, then float2 [2, slots, ROWS]: (max, sum)
   int* counters;             // [2 * slots], zero between launches
   i64 q_b, q_i, q_h;
-  i64 k_page, k_slot, k_head;
-  i64 v_page, v_slot, v_head;
   i64 out_b, out_i, out_h;
   i64 pages_b;
   i64 k_scale_h, v_scale_h;
   i64 tree_b, tree_i, tree_j;
   int B, Q, Hkv, G;
   int page_shift;            // log2 S
+  int table_width;           // W
   int capacity;              // W * S
   int window;                // 0: none
-  int row_blocks;            // ceil(G * Q / ROWS)
+  int block_rows;            // rows that one CTA takes together, at most ROWS
+  int row_blocks;            // ceil(G * Q / block_rows)
   u32 g_magic;               // ceil(2^20 / G)
   int slots;
   int stages;
@@ -45,19 +51,19 @@ struct DecodeParams {
   int chunk_most;            // invariant: chunks of a (sequence, head), at most
   int io_bf16;               // q and out are bf16 (f16 otherwise)
   int sink_type;             // Type of sinks
-  float scale, out_scale, softcap;
+  float scale, out_scale, softcap, softcap_inverse;  // softcap 0: none
 };
 
-// One stretch of keys of one (sequence, head), handled by one CTA.
+// One stretch of keys of one (sequence, head), handled by one CTA. The producer warp finds it; tiles = 0 is the end.
 struct Piece {
-  int b, h, row0;    // sequence, KV head, first row (of the G * Q rows that share the head)
+  int b, h, block;   // sequence, KV head, which block of the G * Q rows that share the head
   int length;        // L
   int low;           // first visible key
   int tile, tiles;   // first tile, in tiles of T keys from key 0; how many
   int index, count;  // which piece of its (sequence, head), and of how many
-  int slot0, slot1;  // workspace slots of piece 0 and of piece 1 (the others follow)
+  int slot0, step;   // workspace slots: piece 0's; piece i's is slot0 + 1 + step * (i - 1)
 
-  ATTNKIT_DEVICE int slot(int i) const { return i == 0 ? slot0 : slot1 + i - 1; }
+  ATTNKIT_DEVICE int slot(int i) const { return i == 0 ? slot0 : slot0 + 1 + step * (i - 1); }
 };
 
 template <int T>
@@ -80,13 +86,49 @@ struct Walker {
   ATTNKIT_DEVICE int heads() const { return p.Hkv * p.row_blocks; }
 
   ATTNKIT_DEVICE int owner(int at) const {
-    int big = extra * (share + 1);
-    return at < big ? at / (share + 1) : extra + (at - big) / share;
+    const int big = extra * (share + 1), past = at < big ? 0 : big;
+    return (past ? extra : 0) + (at - past) / (at < big ? share + 1 : share);
   }
 
-  // Finds this CTA's part of the line. ``scratch``: an int for each warp, and two.
-  ATTNKIT_DEVICE void place(int* scratch, int threads) {
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, warps = threads >> 5;
+  ATTNKIT_DEVICE void take_share(int total) {
+    const int ctas = max(1, min(static_cast<int>(gridDim.x), total / p.least_tiles));
+    cta = blockIdx.x;
+    share = total / ctas;
+    extra = total - share * ctas;
+    position = cta >= ctas ? total : cta * share + min(cta, extra);
+    end = cta >= ctas ? total : position + share + (cta < extra ? 1 : 0);
+  }
+
+  ATTNKIT_DEVICE static int sum_up_to_lane(int value) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, value, d);
+      if (lane >= d) value += other;
+    }
+    return value;
+  }
+
+  // Finds this CTA's part of the line: each warp for itself, where a lane a sequence is enough.
+  ATTNKIT_DEVICE void place_few() {
+    const int lane = threadIdx.x & 31;
+    int mine = 0;
+    if (lane < p.B) {
+      measure(p, lane, length, low, tiles);
+      mine = tiles * heads();
+    }
+    const int sum = sum_up_to_lane(mine);
+    take_share(__shfl_sync(~0u, sum, 31));
+    b = __popc(__ballot_sync(~0u, sum <= position)) & 31;  // past the end of the line: any
+    start = __shfl_sync(~0u, sum - mine, b);
+    length = __shfl_sync(~0u, length, b);
+    low = __shfl_sync(~0u, low, b);
+    tiles = __shfl_sync(~0u, tiles, b);
+  }
+
+  // The same for any number of sequences, all threads together. ``scratch``: an int for each warp, and two.
+  ATTNKIT_DEVICE void place_many(int* scratch, int threads) {
+    const int thread = threadIdx.x, warp = thread >> 5, warps = threads >> 5;
     const int each = (p.B + threads - 1) / threads;
     const int first = min(thread * each, p.B), last = min(first + each, p.B);
     int mine = 0;
@@ -95,25 +137,15 @@ struct Walker {
       mine += tiles;
     }
     mine *= heads();
-    int sum = mine;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      int other = __shfl_up_sync(~0u, sum, d);
-      if (lane >= d) sum += other;
-    }
-    if (lane == 31) scratch[warp] = sum;
+    const int sum = sum_up_to_lane(mine);
+    if ((thread & 31) == 31) scratch[warp] = sum;
     __syncthreads();
     int total = 0, before = 0;
     for (int w = 0; w < warps; ++w) {
       before += w < warp ? scratch[w] : 0;
       total += scratch[w];
     }
-    const int ctas = max(1, min(static_cast<int>(gridDim.x), total / p.least_tiles));
-    cta = blockIdx.x;
-    share = total / ctas;
-    extra = total - share * ctas;
-    position = cta >= ctas ? total : cta * share + min(cta, extra);
-    end = cta >= ctas ? total : position + share + (cta < extra ? 1 : 0);
+    take_share(total);
     int at = before + sum - mine;
     if (position >= at && position < at + mine) {
       for (int i = first; i < last; ++i) {
@@ -145,8 +177,8 @@ struct Walker {
       const int from = start + head * tiles;
       const int offset = position - from;
       piece.b = b;
-      piece.h = head / p.row_blocks;
-      piece.row0 = head - piece.h * p.row_blocks;
+      piece.h = p.row_blocks == 1 ? head : head / p.row_blocks;
+      piece.block = head - piece.h * p.row_blocks;
       piece.length = length;
       piece.low = low;
       piece.tile = low / T + offset;
@@ -161,14 +193,15 @@ struct Walker {
         piece.index = index;
         piece.count = (tiles + chunk - 1) / chunk;
         piece.slot0 = (b * heads() + head) * p.chunk_most;
-        piece.slot1 = piece.slot0 + 1;
+        piece.step = 1;
       } else {
         piece.tiles = min(tiles - offset, end - position);
-        const int first = owner(from);
+        const bool whole = piece.tiles == tiles;
+        const int first = whole ? cta : owner(from);
         piece.index = cta - first;
-        piece.count = owner(from + tiles - 1) - first + 1;
+        piece.count = whole ? 1 : owner(from + tiles - 1) - first + 1;
         piece.slot0 = 2 * first + 1;  // a CTA ends in at most one head it began, and begins in at most one
-        piece.slot1 = piece.slot0 + 1;
+        piece.step = 2;
       }
       position += piece.tiles;
       return true;

@@ -42,12 +42,6 @@ ATTNKIT_DEVICE float reciprocal(float x) {
 ATTNKIT_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 ATTNKIT_DEVICE void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-#ifdef ATTNKIT_STAMPS
-#define STAMP(i) do { if ((threadIdx.x & 31) == 0) reinterpret_cast<long long*>(p.k_scale_h)[(blockIdx.x * 8 + threadIdx.x / 32) * 16 + (i)] = clock64(); } while (0)
-#else
-#define STAMP(i)
-#endif
-
 // ---- barriers ----
 
 ATTNKIT_DEVICE void named_barrier(int id, int threads) {
@@ -191,21 +185,26 @@ ATTNKIT_DEVICE void tma_load_3d(u32 to, const void* map, u32 barrier, int x, int
 }
 
 ATTNKIT_DEVICE void tma_load_4d(u32 to, const void* map, u32 barrier, int x, int y, int z, int w) {
-#ifdef ATTNKIT_HINT
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(
-          to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
-      : "memory");
-#else
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
           to),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
-#endif
+}
+
+// For what is read once: a policy that gives its lines up first, so that a stream leaves the rest of L2 alone.
+ATTNKIT_DEVICE u64 evict_first_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+ATTNKIT_DEVICE void tma_load_4d(u32 to, const void* map, u32 barrier, int x, int y, int z, int w, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
+      : "memory");
 }
 
 ATTNKIT_DEVICE void tma_load_2d_multicast(u32 to, const void* map, u32 barrier, int x, int y, u16 ctas) {

@@ -1,13 +1,193 @@
-# PLACEHOLDER until the real file of this room is written: overwrite it.
+"""paged_decode by csrc/cuda/decode*_sm90: one launch on Hopper, split over KV on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit import arch, workspace
+from attnkit.backends.cuda.builds import Build, swizzle
+from attnkit.backends.cuda.launch import (
+    MAP_PROMOTE_128,
+    MAP_SWIZZLE,
+    MAP_TYPE,
+    Fields,
+    compiled,
+    index_of,
+    kernel,
+    missing,
+    pointer,
+    stream_of,
+    unavailable,
+)
+from attnkit.configs.decode_cuda import CUDA, build_of
 from attnkit.dispatch import Kernel
+from attnkit.signature import AttentionSig
+
+#: Mirrors DecodeParams in csrc/cuda/decode_schedule.cuh.
+PARAMS = Fields(
+    maps=("k_map", "v_map", "q_map"),
+    words=(
+        "q", "k", "v", "pages", "lens", "sinks", "k_scale", "v_scale", "tree", "out", "lse", "partial", "counters",
+        "q_b", "q_i", "q_h", "out_b", "out_i", "out_h", "pages_b", "k_scale_h", "v_scale_h", "tree_b", "tree_i", "tree_j",
+    ),
+    ints=(
+        "B", "Q", "Hkv", "G", "page_shift", "table_width", "capacity", "window", "block_rows", "row_blocks", "g_magic",
+        "slots", "stages", "least_tiles", "invariant", "chunk_least", "chunk_most", "io_bf16", "sink_type",
+    ),
+    floats=("scale", "out_scale", "softcap", "softcap_inverse"),
+)  # fmt: skip
+#: What comes with each call; strides of options that the signature does not hold among them.
+EACH_CALL = (
+    "q", "k", "v", "pages", "lens", "sinks", "k_scale", "v_scale", "tree", "out", "lse", "partial", "counters",
+    "k_scale_h", "v_scale_h", "tree_b", "tree_i", "tree_j",
+)  # fmt: skip
+SINK_TYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 4}
+
+# Batch-invariant calls cut a sequence into chunks of at least 512 keys, at most CHUNKS of them.
+CHUNK_KEYS = 512
+CHUNKS = 64
 
 
-def _no(sig):
-    return "not written yet"
+def _least_tiles_of_chunk(build: Build) -> int:
+    return max(1, CHUNK_KEYS // build.tile)
 
 
-def _launch(plan, *t):
-    raise RuntimeError("not written yet")
+def supports(sig: AttentionSig) -> str | None:
+    if sig.device.type != "cuda":
+        return f"runs on CUDA devices, not on {sig.device.type}"
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if arch.of(sig.device).sm != 90:
+        return f"built for compute capability 9.0, the device has {arch.of(sig.device).sm / 10}"
+    if sig.q_dtype not in (torch.bfloat16, torch.float16):
+        return f"q is {sig.q_dtype}, wanted bfloat16 or float16"
+    if not sig.aligned:
+        return "q, kv or out has a pointer or stride that is not a multiple of 16 bytes"
+    step = 16 if sig.kv_dtype.itemsize == 2 else 32
+    if sig.D % step or sig.Dv % step or max(sig.D, sig.Dv) > 256:
+        return f"D is {sig.D} and Dv {sig.Dv}, wanted multiples of {step} up to 256 for {sig.kv_dtype} caches"
+    build = build_of(sig, CUDA.default(sig, arch.of(sig.device)))
+    if build.stages < 2:
+        return f"D is {sig.D} and Dv {sig.Dv}: two tiles do not fit shared memory"
+    if build.wide and max(sig.q_stride[0], 1) * sig.q_dtype.itemsize >= 1 << 40:
+        return "q's stride is too large for a tensor map"
+    if max(sig.k_stride[:3] + sig.v_stride[:3]) * sig.kv_dtype.itemsize >= 1 << 40:
+        return "kv's stride is too large for a tensor map"
+    if sig.B * sig.Hkv * _row_blocks(sig, build)[1] * (sig.W * sig.S // build.tile + 2) >= 1 << 31:
+        return "more than 2^31 tiles of keys"
+    return missing(build.variant)
 
 
-PAGED_DECODE = Kernel("cuda", "cuda", _no, _launch)
+def _row_blocks(sig: AttentionSig, build: Build) -> tuple[int, int]:
+    """Rows that a CTA takes together, and how many such blocks a KV head has. A wide block holds whole tokens."""
+    rows = build.rows // sig.G * sig.G if build.wide else build.rows
+    return rows, -(-sig.G * sig.Q // rows)
+
+
+def _map(type_bytes: int, sizes: list[int], strides: list[int], box: list[int], plane: int) -> Any:
+    """A tensor map's making; a dimension of size 1 may come with any stride, which the driver would refuse."""
+    strides = [s if size > 1 and s > 0 else 16 for size, s in zip(sizes[1:], strides)]
+    return compiled().CudaMapSpec(
+        MAP_TYPE[type_bytes], sizes, strides, box, MAP_SWIZZLE[plane], MAP_PROMOTE_128 if plane >= 128 else 0
+    )
+
+
+def _maps(sig: AttentionSig, build: Build, block_rows: int) -> list[tuple[int, int, Any]]:
+    item, maps = sig.kv_dtype.itemsize, []
+    for name, argument, d, stride in (("k_map", "k", sig.D, sig.k_stride), ("v_map", "v", sig.Dv, sig.v_stride)):
+        plane = swizzle(d * item)
+        page, slot, head = (s * item for s in stride[:3])
+        spec = _map(item, [d, sig.S, sig.Hkv, sig.P], [slot, head, page], [plane // item, min(sig.S, build.tile), 1, 1], plane)
+        maps.append((PARAMS.offsets[name], EACH_CALL.index(argument), spec))
+    if build.wide:
+        b, i, h = (s * 2 for s in sig.q_stride[:3])
+        spec = _map(2, [sig.D, sig.Hq, sig.Q, sig.B], [h, i, b], [64, sig.G, block_rows // sig.G, 1], 128)
+        maps.append((PARAMS.offsets["q_map"], EACH_CALL.index("q"), spec))
+    return maps
+
+
+def prepare(plan: Any) -> None:
+    """Everything that a signature and a config settle; what is left for a call is its pointers."""
+    sig, config = plan.sig, plan.config
+    build = build_of(sig, config)
+    block_rows, row_blocks = _row_blocks(sig, build)
+    index = index_of(sig.device)
+    loaded = kernel(build.variant, build.kernel, index, build.fixed_bytes + build.stages * build.stage_bytes)
+    heads = sig.Hkv * row_blocks
+    most_tiles = sig.B * heads * (-(-sig.W * sig.S // build.tile) + 1)
+    fits = arch.of(sig.device).sms * build.ctas_per_sm
+    grid = max(1, min(fits * config.grid // 100, most_tiles))
+    slots = sig.B * heads * CHUNKS if sig.batch_invariant else 2 * grid + 2
+    q, out = ([s * 2 for s in stride] for stride in (sig.q_stride, sig.out_stride))
+    values = {
+        "q_b": q[0], "q_i": q[1], "q_h": q[2], "out_b": out[0], "out_i": out[1], "out_h": out[2], "pages_b": sig.pages_stride,
+        "B": sig.B, "Q": sig.Q, "Hkv": sig.Hkv, "G": sig.G, "page_shift": sig.S.bit_length() - 1, "table_width": sig.W,
+        "capacity": sig.W * sig.S, "window": sig.window, "block_rows": block_rows, "row_blocks": row_blocks,
+        "g_magic": -(-(1 << 20) // sig.G), "slots": slots, "stages": build.stages, "least_tiles": config.min_tiles,
+        "invariant": int(sig.batch_invariant), "chunk_least": _least_tiles_of_chunk(build), "chunk_most": CHUNKS,
+        "io_bf16": int(sig.q_dtype == torch.bfloat16), "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0,
+        "scale": sig.scale, "out_scale": sig.out_scale, "softcap": sig.softcap,
+        "softcap_inverse": 1 / sig.softcap if sig.softcap else 0.0,
+    }  # fmt: skip
+    plan.state["launch"] = compiled().CudaLaunch(
+        loaded, (grid, 1, 1), (build.threads, 1, 1), (1, 1, 1), True, PARAMS.pack(values),
+        [PARAMS.offsets[name] for name in EACH_CALL], _maps(sig, build, block_rows),
+    )  # fmt: skip
+    plan.state["index"] = index
+    plan.state["scratch"] = {}
+    plan.state["partial_bytes"] = slots * build.rows * (sig.Dv + 4) * 4
+    plan.state["counters"] = 2 * slots
+
+
+def launch(
+    plan: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    lens: Tensor,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    tree_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    state = plan.state
+    if not state:
+        prepare(plan)
+    if sinks is not None and sinks.stride(0) != 1:
+        sinks = sinks.contiguous()
+    stream = stream_of(state["index"])
+    state["launch"](
+        stream,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), pages.data_ptr(), lens.data_ptr(),
+        pointer(sinks), pointer(k_scale), pointer(v_scale), pointer(tree_mask), out.data_ptr(), pointer(lse),
+        *scratch(plan, stream),
+        0 if k_scale is None else k_scale.stride(0) * 4,
+        0 if v_scale is None else v_scale.stride(0) * 4,
+        *((0, 0, 0) if tree_mask is None else tree_mask.stride()),
+    )  # fmt: skip
+
+
+def scratch(plan: Any, stream: int) -> tuple[int, int]:
+    """Addresses of the partials and counters; outside a capture they are looked up once a stream (5 us a time)."""
+    state, device = plan.state, plan.sig.device
+    if torch.cuda.current_device() != state["index"]:
+        with torch.cuda.device(state["index"]):  # the question below is about the current device's stream
+            return scratch(plan, stream)
+    if torch.cuda.is_current_stream_capturing():
+        partials = workspace.partials(device, state["partial_bytes"])
+        return partials.data_ptr(), workspace.counters(device, state["counters"]).data_ptr()
+    held = state["scratch"].get(stream)
+    if held is None:
+        memory = (workspace.partials(device, state["partial_bytes"]), workspace.counters(device, state["counters"]))
+        held = state["scratch"][stream] = ((memory[0].data_ptr(), memory[1].data_ptr()), memory)
+    return held[0]
+
+
+PAGED_DECODE = Kernel("cuda_sm90", "cuda", supports, launch, CUDA)

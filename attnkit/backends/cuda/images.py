@@ -50,7 +50,9 @@ def source_dir() -> Path:
     for folder in (_PACKAGE.parent / "csrc" / "cuda", _PACKAGE / "cuda_source"):
         if folder.is_dir():
             return folder
-    raise RuntimeError(f"attnkit's CUDA sources are in neither {_PACKAGE.parent / 'csrc' / 'cuda'} nor {_PACKAGE / 'cuda_source'}")
+    raise RuntimeError(
+        f"attnkit's CUDA sources are in neither {_PACKAGE.parent / 'csrc' / 'cuda'} nor {_PACKAGE / 'cuda_source'}"
+    )
 
 
 def flatten(path: Path, seen: set[Path] | None = None) -> str:

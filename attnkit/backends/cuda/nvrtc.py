@@ -61,7 +61,9 @@ def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
             lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             lib.nvrtcGetProgramLog(program, log)
-            raise RuntimeError(f"NVRTC {'.'.join(map(str, version()))} could not compile {name}:\n{log.value.decode(errors='replace')}")
+            raise RuntimeError(
+                f"NVRTC {'.'.join(map(str, version()))} could not compile {name}:\n{log.value.decode(errors='replace')}"
+            )
         size = ctypes.c_size_t()
         _check(lib.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
         image = ctypes.create_string_buffer(size.value)

@@ -1,0 +1,123 @@
+"""Which builds of the CUDA sources exist: their macros, their shared memory, and those that are shipped.
+
+Imports no torch: setup.py reads this where torch may be missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnkit.backends.cuda.images import Variant, variant
+
+#: Type of a cache, as in csrc/cuda/convert.cuh.
+BF16, F16, E4M3, INT8 = range(4)
+SMEM = 227 * 1024  # bytes of shared memory a multiprocessor gives to blocks, each of which costs 1 KB more
+MAX_STAGES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One build of csrc/cuda/decode_sm90.cu (narrow) or decode_wide_sm90.cu: its macros and its shared memory.
+
+    Mirrors DecodeShape and DecodeWideShape.
+    """
+
+    D: int
+    Dv: int
+    kv: int  # Type of the cache, as in convert.cuh
+    NR: int  # narrow: 8-row groups a warp has; 0 in a wide build
+    WR: int  # row groups of warps
+    WT: int  # key groups of warps
+    MT: int  # 16-key groups a warp has of a tile
+    ctas_per_sm: int
+
+    @property
+    def wide(self) -> bool:
+        return self.NR == 0
+
+    @property
+    def item(self) -> int:
+        return 1 if self.kv >= 2 else 2
+
+    @property
+    def rows(self) -> int:
+        return 64 if self.wide else 8 * self.NR * self.WR
+
+    @property
+    def tile(self) -> int:
+        return 64 if self.wide else 16 * self.WT * self.MT
+
+    @property
+    def threads(self) -> int:
+        return (128 if self.wide else 32 * self.WR * self.WT) + 64
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.tile * (self.D + self.Dv) * self.item
+
+    @property
+    def fixed_bytes(self) -> int:
+        if self.wide:
+            return self.rows * self.D * 2 + 512
+        pitch = self.D * 2 + (16 if self.D // 8 % 2 == 0 else 0)
+        columns = min(self.Dv, max(16, 16384 // self.ctas_per_sm // (self.WT * self.rows * 4)))
+        return 1024 + 512 + 2 * self.rows * pitch + self.WT * self.rows * ((columns + 4) * 4 + 8)
+
+    @property
+    def stages(self) -> int:
+        budget = SMEM // self.ctas_per_sm - 1024 * (self.ctas_per_sm - 1)
+        return min(MAX_STAGES, (budget - self.fixed_bytes) // self.stage_bytes)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        names = ("D", "DV", "KV") if self.wide else ("D", "DV", "KV", "NR", "WR", "WT", "MT")
+        values = (self.D, self.Dv, self.kv, self.NR, self.WR, self.WT, self.MT)
+        return {f"ATTNKIT_{n}": v for n, v in zip(names, values)} | {"ATTNKIT_CTAS": self.ctas_per_sm}
+
+    @property
+    def source(self) -> str:
+        return "decode_wide_sm90.cu" if self.wide else "decode_sm90.cu"
+
+    @property
+    def variant(self) -> Variant:
+        return variant(self.source, self.macros)
+
+    @property
+    def kernel(self) -> str:
+        return "attnkit_paged_decode_wide" if self.wide else "attnkit_paged_decode"
+
+
+def swizzle(row_bytes: int) -> int:
+    """Bytes of a plane of a row in shared memory, as the kernels lay it out."""
+    return 128 if row_bytes % 128 == 0 else 64 if row_bytes % 64 == 0 else 32
+
+
+def build_for(D: int, Dv: int, kv: int, rows: int, G: int, ctas_per_sm: int) -> Build:
+    """The build that serves ``rows`` = G x Q rows a KV head.
+
+    A tile is some 32 KB of keys and values, whatever the row size: that is what keeps the loads long. The
+    number of keys in it follows from the shape alone, so it does not change with the config (batch invariance).
+    """
+    item = 1 if kv >= 2 else 2
+    wide_rows = D + Dv
+    if rows > 16 and item == 2 and D % 64 == 0 and Dv in (64, 128, 256) and G <= 64:
+        return Build(D, Dv, kv, 0, 0, 0, 0, 2 if wide_rows <= 256 else 1)
+    mt = 2 if wide_rows * item <= 256 else 1
+    if rows <= 8:
+        return Build(D, Dv, kv, 1, 1, 4, mt, ctas_per_sm if wide_rows <= 256 else 1)
+    if wide_rows * item > 512:
+        return Build(D, Dv, kv, 1, 2, 2, 2, 1)
+    return Build(D, Dv, kv, 2, 1, 4, mt, ctas_per_sm if wide_rows <= 256 else 1)
+
+
+def decode_builds() -> list[Build]:
+    """Head sizes 64, 128 and 256; up to 8, up to 16 and more query rows a KV head."""
+    shapes = [(D, BF16, rows) for D in (128, 64, 256) for rows in (8, 16, 64)]
+    shapes += [(128, F16, rows) for rows in (8, 16, 64)]
+    shapes += [(128, kv, rows) for kv in (E4M3, INT8) for rows in (8, 16)]
+    return list(dict.fromkeys(build_for(D, D, kv, rows, 4, ctas) for D, kv, rows in shapes for ctas in (2, 1)))
+
+
+def shipped() -> list[Variant]:
+    """What setup.py compiles where nvcc is found. Everything else is compiled on first use."""
+    return [build.variant for build in decode_builds()]

@@ -1,0 +1,60 @@
+"""Configs of paged_decode's CUDA kernel, and which build of it serves a shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnkit.arch import Arch
+from attnkit.backends.cuda.builds import BF16, E4M3, F16, INT8, Build, build_for
+from attnkit.configs import Space
+from attnkit.configs.decode import bucket
+
+KV_TYPE = {torch.bfloat16: BF16, torch.float16: F16, torch.float8_e4m3fn: E4M3, torch.int8: INT8}
+
+
+@dataclass(frozen=True, slots=True)
+class CudaConfig:
+    """
+    ctas_per_sm  CTAs that share a multiprocessor: 1 or 2, each with a ring of its own
+    grid         CTAs the work is divided over, in percent of what fits the GPU
+    min_tiles    tiles of keys that a CTA gets at least, where there are enough
+    """
+
+    ctas_per_sm: int
+    grid: int
+    min_tiles: int
+
+
+def build_of(sig: Any, config: CudaConfig) -> Build:
+    return build_for(sig.D, sig.Dv, KV_TYPE[sig.kv_dtype], sig.G * sig.Q, sig.G, config.ctas_per_sm)
+
+
+def default(sig: Any, arch: Arch) -> CudaConfig:
+    """Two rings a multiprocessor keep the memory busier; where all is over in a few tiles, half the pieces do better."""
+    tiles = sig.B * sig.Hkv * -(-sig.W * sig.S // build_for(sig.D, sig.Dv, KV_TYPE[sig.kv_dtype], sig.G * sig.Q, sig.G, 2).tile)
+    small = tiles <= 8 * arch.sms
+    return CudaConfig(ctas_per_sm=1 if small else 2, grid=100, min_tiles=2 if small else 1)
+
+
+def candidates(sig: Any, arch: Arch) -> list[CudaConfig]:
+    return [CudaConfig(c, g, m) for c in (2, 1) for g in (100, 50) for m in (1, 2, 4)]
+
+
+CUDA = Space(
+    "paged_decode",
+    "cuda_sm90",
+    CudaConfig,
+    default,
+    candidates,
+    bucket,
+    sources=(
+        "csrc/cuda/decode_sm90.cuh",
+        "csrc/cuda/decode_wide_sm90.cuh",
+        "csrc/cuda/decode_load.cuh",
+        "csrc/cuda/decode_schedule.cuh",
+        "csrc/cuda/decode_combine.cuh",
+    ),
+)

@@ -1,0 +1,454 @@
+// Paged decode for sm_90a: 1 to 16 query tokens a sequence over a paged cache, in one launch.
+//
+// Memory bound, so all of it serves one stream of loads. One producer warp brings tiles of T keys and values
+// into a ring by TMA, a box a page (any page size and stride). Consumer warps each own 16 keys of every tile and all rows: S^T = K q^T with the keys on the M
+// side of mma.sync and the G * Q rows on its N side, so rows are padded to a multiple of 8 only; then
+// O^T = V^T P^T. Warps keep their own running maximum and meet once a piece. Pieces of one head that lie in
+// several CTAs meet in a workspace; the CTA that arrives last adds them up in a fixed order.
+#pragma once
+#include "convert.cuh"
+#include "decode_combine.cuh"
+#include "decode_load.cuh"
+
+namespace attnkit {
+
+// Shape of one build. Rows of a block: 8 * NR * WR. Consumer warps: WR row groups x WT key groups, each
+// warp with MT x 16 keys of a tile and NR x 8 rows.
+template <int D_, int DV_, int KvType_, int NR_, int WR_, int WT_, int MT_, int CtasPerSm_>
+struct DecodeShape {
+  static constexpr int D = D_, DV = DV_, KvType = KvType_, NR = NR_, WR = WR_, WT = WT_, MT = MT_;
+  static constexpr int CtasPerSm = CtasPerSm_;
+  static constexpr bool Bytes = KvType == kE4m3 || KvType == kInt8;  // computed in f16
+  static constexpr bool Bf16 = KvType == kBf16, Wide = false;
+  static constexpr int QSlots = 2, AlignBytes = 1023;
+  static constexpr int Rows = 8 * NR * WR;
+  static constexpr int T = 16 * WT * MT;
+  static constexpr int ConsumerWarps = WR * WT;
+  static constexpr int Consumers = 32 * ConsumerWarps;
+  static constexpr int Threads = Consumers + 64;
+  static constexpr int ElementBytes = Bytes ? 1 : 2;
+  // A row of K or V lies in planes of Swizzle bytes, each plane [T][Swizzle] as TMA swizzles it.
+  static constexpr int swizzle(int bytes) { return bytes % 128 == 0 ? 128 : bytes % 64 == 0 ? 64 : 32; }
+  static constexpr int RowK = D * ElementBytes, RowV = DV * ElementBytes;
+  static constexpr int SwizzleK = swizzle(RowK), SwizzleV = swizzle(RowV);
+  static constexpr int StageBytes = T * (RowK + RowV);
+  static constexpr int PitchQ = D * 2 + (D / 8 % 2 == 0 ? 16 : 0);  // an odd number of 16-byte units: no bank conflicts
+  static constexpr int QBytes = Rows * PitchQ;
+  // Q stays in registers unless it would take more than 32 of them.
+  static constexpr bool QInRegisters = NR * (D / 8) <= 32;
+  static constexpr int MeetLimit = 16384 / CtasPerSm / (WT * Rows * 4);
+  static constexpr int MeetColumns = MeetLimit < 16 ? 16 : MeetLimit < DV ? MeetLimit : DV;
+  static constexpr int MeetPitch = MeetColumns + 4;
+  static constexpr int MeetBytes = WT * Rows * (MeetPitch * 4 + 8);
+  static constexpr int FixedBytes = 1024 + 512 + 2 * QBytes + MeetBytes;  // alignment; barriers, the walker's scratch
+  static_assert(D % 16 == 0 && DV % MeetColumns == 0 && MeetColumns % 16 == 0, "head size");
+  static_assert(!Bytes || (D % 32 == 0 && DV % 32 == 0 && QInRegisters), "8-bit caches need head sizes of 32s");
+};
+
+template <class Shape>
+struct DecodeConsumer {
+  static constexpr int D = Shape::D, DV = Shape::DV, NR = Shape::NR, MT = Shape::MT, T = Shape::T;
+  static constexpr bool Bf16 = Shape::Bf16;
+  static constexpr int KSteps = D / 16, Columns = DV / 16;
+
+  const DecodeParams& p;
+  const DecodeShared& shared;
+  int lane, warp, row_group, key_group;
+  u32 q_fragment[Shape::QInRegisters ? NR : 1][Shape::QInRegisters ? KSteps : 1][2];
+  u32 q_rows;                // shared address of this piece's Q
+  float* meet_p;              // [WT, Rows, MeetPitch]: the key groups' sums
+  float2* meet_ml;            // [WT, Rows]: their (max, sum)
+  float sums[Columns][NR][4];  // O^T: columns of V down, rows of q across
+  float high[NR][2], sum[NR][2], factor[NR][2];
+  int token[NR][2];          // query token of this lane's rows
+
+  ATTNKIT_DEVICE DecodeConsumer(const DecodeParams& params, const DecodeShared& s) : p(params), shared(s) {
+    lane = threadIdx.x & 31;
+    warp = threadIdx.x >> 5;
+    row_group = warp / Shape::WT;
+    key_group = warp % Shape::WT;
+    meet_p = reinterpret_cast<float*>(s.meet);
+    meet_ml = reinterpret_cast<float2*>(meet_p + Shape::WT * Shape::Rows * Shape::MeetPitch);
+  }
+
+  // q into registers; for an 8-bit cache as f16, each row scaled by a power of two so that it fits.
+  ATTNKIT_DEVICE void load_q() {
+    const u32 rows = q_rows + row_group * NR * 8 * Shape::PitchQ;
+    if constexpr (Shape::Bytes) {
+#pragma unroll
+      for (int n = 0; n < NR; ++n) {
+        float most = 0.f;
+        const u32 row = rows + (n * 8 + lane / 4) * Shape::PitchQ + (lane & 3) * 8;
+#pragma unroll
+        for (int k = 0; k < KSteps; ++k) {
+          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(q_fragment[n][k][0]), "=r"(q_fragment[n][k][1]) : "r"(row + k * 32));
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float2 x = unpack(q_fragment[n][k][j], p.io_bf16);
+            most = fmaxf(most, fmaxf(fabsf(x.x), fabsf(x.y)));
+          }
+        }
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        // 2^e >= most, from the exponent bits; kept away from the ends so that its inverse is a number too
+        const int e = min(max(static_cast<int>(__float_as_uint(most) >> 23) - 126, -100), 100);
+        const float down = __uint_as_float(static_cast<u32>(127 - e) << 23);
+        const float up = __uint_as_float(static_cast<u32>(127 + e) << 23);
+#pragma unroll
+        for (int k = 0; k < KSteps; ++k) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float2 x = unpack(q_fragment[n][k][j], p.io_bf16);
+            q_fragment[n][k][j] = pack_f16(x.x * down, x.y * down);
+          }
+        }
+        // row r of these 8 lives in lanes 4r; this lane's rows of S are 2 (lane % 4) and the next
+        factor[n][0] *= __shfl_sync(~0u, up, (lane & 3) * 8);
+        factor[n][1] *= __shfl_sync(~0u, up, (lane & 3) * 8 + 4);
+      }
+    } else if constexpr (Shape::QInRegisters) {
+      const u32 row = rows + (lane & 7) * Shape::PitchQ + (lane >> 3 & 1) * 16;
+#pragma unroll
+      for (int n = 0; n < NR; ++n) {
+#pragma unroll
+        for (int k = 0; k < KSteps; ++k) {
+          asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                       : "=r"(q_fragment[n][k][0]), "=r"(q_fragment[n][k][1]) : "r"(row + n * 8 * Shape::PitchQ + k * 32) : "memory");
+        }
+      }
+    }
+  }
+
+  ATTNKIT_DEVICE void begin(const Piece& piece) {
+    const float k_scale = p.k_scale ? *reinterpret_cast<const float*>(p.k_scale + piece.h * p.k_scale_h) : 1.f;
+#pragma unroll
+    for (int n = 0; n < NR; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = piece.block * p.block_rows + (row_group * NR + n) * 8 + (lane & 3) * 2 + j;
+        token[n][j] = row * p.g_magic >> 20;
+        factor[n][j] = p.scale * k_scale * (p.softcap > 0.f ? 1.f : kLog2e);
+        high[n][j] = negative_infinity();
+        sum[n][j] = 0.f;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < Columns; ++c) {
+#pragma unroll
+      for (int n = 0; n < NR; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[c][n][j] = 0.f;
+      }
+    }
+  }
+
+  // From a lane's place in the first 32 bytes of its row to the m-th 16 rows on, the i-th 32 bytes.
+  template <int Swizzle>
+  ATTNKIT_DEVICE static u32 step(u32 at, int m, int i) {
+    constexpr int Each = Swizzle / 32;
+    return (at ^ (i % Each * 32)) + m * 16 * Swizzle + i / Each * (T * Swizzle);
+  }
+
+  // S^T of this warp's keys: s[m][n] holds keys lane / 4 (+ 8) by rows 2 (lane % 4) (+ 1).
+  ATTNKIT_DEVICE void scores(float (&s)[MT][NR][4], u32 k_tile) {
+    constexpr int Chains = MT * NR <= 2 ? 2 : 1;  // one chain of dependent mma would be all latency
+    float part[Chains][MT][NR][4];
+#pragma unroll
+    for (int i = 0; i < Chains * MT * NR * 4; ++i) (&part[0][0][0][0])[i] = 0.f;
+    const int row = key_group * MT * 16 + (lane & 15);
+    const u32 at = k_tile + row * Shape::SwizzleK + swizzled<Shape::SwizzleK>(row, lane >> 4);
+    const u32 q_row = q_rows + (row_group * NR * 8 + (lane & 7) + (lane >> 4) * 8) * Shape::PitchQ + (lane >> 3 & 1) * 16;
+    constexpr int Step = Shape::Bytes ? 2 : 1;
+#pragma unroll
+    for (int k = 0; k < KSteps; k += Step) {
+      u32 b[NR][2];
+      if constexpr (!Shape::QInRegisters) {
+#pragma unroll
+        for (int n = 0; n < NR; n += 2) {
+          u32 r[4];
+          load_matrix_x4(r, q_row + n * 8 * Shape::PitchQ + k * 32);
+          b[n][0] = r[0], b[n][1] = r[1], b[n + 1][0] = r[2], b[n + 1][1] = r[3];
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        u32 a[Step][4];
+        if constexpr (Shape::Bytes) {
+          u32 r[4];
+          load_matrix_x4(r, step<Shape::SwizzleK>(at, m, k / 2));
+          widen<Shape::KvType, 0, 1, 2, 3>(r[0], a[0][0], a[0][2]);
+          widen<Shape::KvType, 0, 1, 2, 3>(r[1], a[0][1], a[0][3]);
+          widen<Shape::KvType, 0, 1, 2, 3>(r[2], a[1][0], a[1][2]);
+          widen<Shape::KvType, 0, 1, 2, 3>(r[3], a[1][1], a[1][3]);
+        } else {
+          load_matrix_x4(a[0], step<Shape::SwizzleK>(at, m, k));
+        }
+#pragma unroll
+        for (int j = 0; j < Step; ++j) {
+#pragma unroll
+          for (int n = 0; n < NR; ++n) {
+            if constexpr (Shape::QInRegisters) {
+              mma_16x8x16<Bf16>(part[(k + j) % Chains][m][n], a[j], q_fragment[n][k + j][0], q_fragment[n][k + j][1]);
+            } else {
+              mma_16x8x16<Bf16>(part[(k + j) % Chains][m][n], a[j], b[n][0], b[n][1]);
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < MT * NR * 4; ++i) {
+      (&s[0][0][0])[i] = Chains == 2 ? (&part[0][0][0][0])[i] + (&part[Chains - 1][0][0][0])[i] : (&part[0][0][0][0])[i];
+    }
+  }
+
+  // Which of the last Q keys query token i sees, bit j for key L - Q + j; every lane of the warp calls this.
+  ATTNKIT_DEVICE u32 tree_bits(const Piece& piece, int i) const {
+    const bool seen = lane < p.Q && p.tree[piece.b * p.tree_b + i * p.tree_i + lane * p.tree_j] != 0;
+    return __ballot_sync(~0u, seen);
+  }
+
+  ATTNKIT_DEVICE void mask(float (&s)[MT][NR][4], const Piece& piece, int key0) const {
+    const int recent = piece.length - p.Q;  // the first of the last Q keys, and query token 0's position
+    u32 bits[NR][2] = {};
+    if (p.tree) {
+      for (int i = 0; i < p.Q; ++i) {
+        const u32 seen = tree_bits(piece, i);
+#pragma unroll
+        for (int n = 0; n < NR; ++n) {
+          bits[n][0] = token[n][0] == i ? seen : bits[n][0];
+          bits[n][1] = token[n][1] == i ? seen : bits[n][1];
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int key = key0 + (key_group * MT + m) * 16 + lane / 4 + (e >> 1) * 8;
+#pragma unroll
+        for (int n = 0; n < NR; ++n) {
+          const int i = token[n][e & 1], at = recent + i;
+          bool seen = key <= at;
+          if (p.tree) seen = key < recent || (key < piece.length && (bits[n][e & 1] >> (key - recent) & 1));
+          seen = seen && at >= 0 && (p.window == 0 || key > at - p.window);
+          if (!seen) s[m][n][e] = negative_infinity();
+        }
+      }
+    }
+  }
+
+  // Scores to weights, in place, with this warp's running maximum; then to the B fragments of P^T.
+  ATTNKIT_DEVICE void weights(float (&s)[MT][NR][4], u32 (&w)[MT][NR][2]) {
+    float rescale[NR][2];
+    bool moved = false;
+#pragma unroll
+    for (int n = 0; n < NR; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float most = s[0][n][j];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) most = fmaxf(most, fmaxf(s[m][n][j], s[m][n][j + 2]));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 4));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 8));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 16));
+        most = fmaxf(most, high[n][j]);
+        // Nothing seen yet: subtract 0, so that exp2(-inf) gives the zeros.
+        const float base = most == negative_infinity() ? 0.f : most;
+        rescale[n][j] = exp2_fast(high[n][j] - base);
+        moved = moved || most != high[n][j];
+        high[n][j] = most;
+        float added = 0.f;
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+          s[m][n][j] = exp2_fast(s[m][n][j] - base);
+          s[m][n][j + 2] = exp2_fast(s[m][n][j + 2] - base);
+          added += s[m][n][j] + s[m][n][j + 2];
+        }
+        sum[n][j] = sum[n][j] * rescale[n][j] + added;
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+      for (int n = 0; n < NR; ++n) {
+        w[m][n][0] = transpose_8x8(pack<Bf16>(s[m][n][0], s[m][n][1]));
+        w[m][n][1] = transpose_8x8(pack<Bf16>(s[m][n][2], s[m][n][3]));
+      }
+    }
+    if (__any_sync(~0u, moved)) {
+#pragma unroll
+      for (int c = 0; c < Columns; ++c) {
+#pragma unroll
+        for (int n = 0; n < NR; ++n) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[c][n][j] *= rescale[n][j & 1];
+        }
+      }
+    }
+  }
+
+  // O^T += V^T P^T over this warp's keys.
+  ATTNKIT_DEVICE void add_values(const u32 (&w)[MT][NR][2], u32 v_tile) {
+    if constexpr (Shape::Bytes) {
+      const int row = key_group * MT * 16 + (lane & 15);
+      const u32 at = v_tile + row * Shape::SwizzleV + swizzled<Shape::SwizzleV>(row, lane >> 4);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+#pragma unroll
+        for (int c = 0; c < Columns; c += 2) {
+          u32 r[4], a[2][4];
+          load_matrix_x4_transposed(r, step<Shape::SwizzleV>(at, m, c / 2));
+          // a 16-bit transpose of byte pairs: even columns to the upper 8 rows of the tile, odd to the lower
+          widen<Shape::KvType, 0, 2, 1, 3>(r[0], a[0][0], a[0][1]);
+          widen<Shape::KvType, 0, 2, 1, 3>(r[1], a[0][2], a[0][3]);
+          widen<Shape::KvType, 0, 2, 1, 3>(r[2], a[1][0], a[1][1]);
+          widen<Shape::KvType, 0, 2, 1, 3>(r[3], a[1][2], a[1][3]);
+#pragma unroll
+          for (int n = 0; n < NR; ++n) {
+            mma_16x8x16<Bf16>(sums[c][n], a[0], w[m][n][0], w[m][n][1]);
+            mma_16x8x16<Bf16>(sums[c + 1][n], a[1], w[m][n][0], w[m][n][1]);
+          }
+        }
+      }
+    } else {
+      const int row = key_group * MT * 16 + (lane & 7) + (lane >> 4) * 8;
+      const u32 at = v_tile + row * Shape::SwizzleV + swizzled<Shape::SwizzleV>(row, lane >> 3 & 1);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+#pragma unroll
+        for (int c = 0; c < Columns; ++c) {
+          u32 a[4];
+          load_matrix_x4_transposed(a, step<Shape::SwizzleV>(at, m, c));
+#pragma unroll
+          for (int n = 0; n < NR; ++n) mma_16x8x16<Bf16>(sums[c][n], a, w[m][n][0], w[m][n][1]);
+        }
+      }
+    }
+  }
+
+  ATTNKIT_DEVICE void tile(const Piece& piece, int key0, u32 k_tile) {
+    float s[MT][NR][4];
+    u32 w[MT][NR][2];
+    scores(s, k_tile);
+    const bool capped = p.softcap > 0.f;
+    const float twice = 2.f * kLog2e * p.softcap_inverse;
+#pragma unroll
+    for (int n = 0; n < NR; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+          float x = s[m][n][e] * factor[n][e & 1];
+          // cap * tanh(x / cap), by exp so that it is exact to a few ulps of the cap
+          if (capped) x = kLog2e * p.softcap * (1.f - 2.f * reciprocal(1.f + exp2_fast(x * twice)));
+          s[m][n][e] = x;
+        }
+      }
+    }
+    const bool inside = key0 + T <= piece.length - p.Q + 1 && (p.window == 0 || key0 > piece.length - 1 - p.window);
+    if (!inside) mask(s, piece, key0);
+    weights(s, w);
+    const u32 v_tile = k_tile + T * Shape::RowK;
+    if (key0 < piece.low || key0 + T > piece.length) clear_values(piece, key0, v_tile);
+    add_values(w, v_tile);
+  }
+
+  // Weight 0 times a value nobody wrote may be NaN: this warp's values outside the sequence become zeros.
+  ATTNKIT_DEVICE void clear_values(const Piece& piece, int key0, u32 v_tile) const {
+    constexpr int Units = Shape::SwizzleV / 16, Planes = Shape::RowV / Shape::SwizzleV;
+    for (int i = lane; i < MT * 16 * Units; i += 32) {
+      const int row = key_group * MT * 16 + i / Units;
+      if (key0 + row >= piece.low && key0 + row < piece.length) continue;
+      const u32 at = v_tile + row * Shape::SwizzleV + i % Units * 16;
+      for (int plane = 0; plane < Planes; ++plane) store_shared_zeros(at + plane * T * Shape::SwizzleV);
+    }
+    fence_async_shared();  // before TMA writes there again
+    __syncwarp();
+  }
+
+  // The key groups' sums meet in shared memory and leave as output, or as one partial of the head.
+  ATTNKIT_DEVICE void finish(const Piece& piece) {
+#pragma unroll
+    for (int n = 0; n < NR; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        sum[n][j] += __shfl_xor_sync(~0u, sum[n][j], 4);
+        sum[n][j] += __shfl_xor_sync(~0u, sum[n][j], 8);
+        sum[n][j] += __shfl_xor_sync(~0u, sum[n][j], 16);
+        const int row = (row_group * NR + n) * 8 + (lane & 3) * 2 + j;
+        if (lane < 4) meet_ml[key_group * Shape::Rows + row] = make_float2(high[n][j], sum[n][j]);
+      }
+    }
+    const RowOutput output(p, piece, Shape::Rows, DV);
+    constexpr int Each = Shape::MeetColumns / 16, Units = Shape::MeetColumns / 4;
+#pragma unroll
+    for (int pass = 0; pass < DV / Shape::MeetColumns; ++pass) {
+#pragma unroll
+      for (int c = 0; c < Each; ++c) {
+#pragma unroll
+        for (int n = 0; n < NR; ++n) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int row = (row_group * NR + n) * 8 + (lane & 3) * 2 + (j & 1);
+            const int column = c * 16 + (Shape::Bytes ? lane / 4 * 2 + (j >> 1) : lane / 4 + (j >> 1) * 8);
+            meet_p[(key_group * Shape::Rows + row) * Shape::MeetPitch + column] = sums[pass * Each + c][n][j];
+          }
+        }
+      }
+      named_barrier(1, Shape::Consumers);
+      for (int unit = threadIdx.x; unit < Shape::Rows * Units; unit += Shape::Consumers) {
+        const int row = unit / Units, column = (unit - row * Units) * 4;
+        if (row >= output.rows) break;
+        float4 parts[Shape::WT];
+        float2 weights[Shape::WT];
+#pragma unroll
+        for (int g = 0; g < Shape::WT; ++g) {
+          parts[g] = *reinterpret_cast<const float4*>(meet_p + (g * Shape::Rows + row) * Shape::MeetPitch + column);
+          weights[g] = meet_ml[g * Shape::Rows + row];
+        }
+        Running total;
+        total.add(parts, weights);
+        if (piece.count == 1) {
+          output.write(row, pass * Shape::MeetColumns + column, total);
+        } else {
+          output.store_partial(piece.slot(piece.index), row, pass * Shape::MeetColumns + column, total);
+        }
+      }
+      named_barrier(1, Shape::Consumers);
+    }
+    if (piece.count > 1) combine<Shape>(p, piece, output, shared.scratch);
+  }
+
+  ATTNKIT_DEVICE void run() {
+    int stage = 0, phase = 0;
+    for (int pieces = 0;; ++pieces) {
+      const int q_slot = pieces & 1;
+      mbarrier_wait(shared.q_full + 8 * q_slot, pieces >> 1 & 1);
+      const Piece& piece = shared.pieces[q_slot];
+      const int tiles = piece.tiles;
+      if (tiles == 0) break;
+      begin(piece);
+      if (threadIdx.x == 0) prefetch_counters<Shape>(p, piece);
+      q_rows = shared.q + q_slot * Shape::QBytes;
+      load_q();
+#pragma unroll 1
+      for (int t = 0; t < tiles; ++t) {
+        mbarrier_wait(shared.full + 8 * stage, phase);
+        tile(piece, (piece.tile + t) * T, shared.ring + stage * Shape::StageBytes);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(shared.empty + 8 * stage);
+        if (++stage == p.stages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+      const Piece done = piece;
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(shared.q_empty + 8 * q_slot);
+      finish(done);
+    }
+  }
+};
+
+}  // namespace attnkit

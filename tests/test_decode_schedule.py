@@ -1,0 +1,198 @@
+"""How the CUDA decode kernel divides its work: the kernel's own Walker and Running, compiled for the host."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from attnkit.backends.cuda import images
+
+CXX = shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+
+SHIM = r"""
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+using std::max; using std::min;
+using u8 = unsigned char; using u16 = unsigned short; using u32 = unsigned int; using u64 = unsigned long long; using i64 = long long;
+#define ATTNKIT_DEVICE inline
+struct Dim { unsigned x = 0; } threadIdx, blockIdx, gridDim;
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float negative_infinity() { return -INFINITY; }
+inline float exp2_fast(float x) { return exp2f(x); }
+inline int __shfl_up_sync(unsigned, int v, int) { return v; }
+inline int __shfl_sync(unsigned, int v, int) { return v; }
+inline unsigned __ballot_sync(unsigned, bool) { return 0; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline void __syncthreads() {}
+"""
+
+MAIN = r"""
+// argv: T ctas least invariant chunk_least chunk_most heads blocks window Q capacity lens...
+int main(int argc, char** argv) {
+  std::vector<int> a;
+  for (int i = 1; i < argc; ++i) a.push_back(atoi(argv[i]));
+  std::vector<int> lens(a.begin() + 10, a.end());
+  DecodeParams p{};
+  p.lens = lens.data();
+  p.B = lens.size(); p.Hkv = a[5]; p.row_blocks = a[6]; p.window = a[7]; p.Q = a[8]; p.capacity = a[9];
+  p.least_tiles = a[1]; p.invariant = a[2]; p.chunk_least = a[3]; p.chunk_most = a[4];
+  gridDim.x = a[0];
+  for (unsigned c = 0; c < gridDim.x; ++c) {
+    blockIdx.x = c;
+    Walker<64> w(p);
+    int total = 0;
+    for (int b = 0; b < p.B; ++b) { Walker<64>::measure(p, b, w.length, w.low, w.tiles); total += w.tiles * w.heads(); }
+    w.take_share(total);
+    w.start = 0;
+    for (w.b = 0; w.b < p.B; ++w.b) {
+      Walker<64>::measure(p, w.b, w.length, w.low, w.tiles);
+      if (w.position < w.start + w.tiles * w.heads()) break;
+      w.start += w.tiles * w.heads();
+    }
+    Piece x;
+    while (w.next(x)) {
+      printf("%u %d %d %d %d %d %d %d", c, x.b, x.h, x.block, x.tile, x.tiles, x.index, x.count);
+      for (int i = 0; i < x.count; ++i) printf(" %d", x.slot(i));
+      printf("\n");
+    }
+  }
+}
+"""
+
+RUNNING = r"""
+int main() {
+  float v[32][4], h[32], s[32];
+  for (int i = 0; i < 32; ++i) if (scanf("%f %f %f %f %f %f", &h[i], &s[i], v[i], v[i] + 1, v[i] + 2, v[i] + 3) != 6) return 1;
+  Running total;
+  for (int i0 = 0; i0 < 32; i0 += 8) {
+    float4 parts[8]; float2 weights[8];
+    for (int i = 0; i < 8; ++i) { parts[i] = make_float4(v[i0 + i][0], v[i0 + i][1], v[i0 + i][2], v[i0 + i][3]); weights[i] = make_float2(h[i0 + i], s[i0 + i]); }
+    total.add(parts, weights);
+  }
+  printf("%.9g %.9g %.9g %.9g %.9g %.9g\n", total.high, total.sum, total.value.x, total.value.y, total.value.z, total.value.w);
+}
+"""
+
+
+def source(name: str) -> str:
+    text = (images.source_dir() / name).read_text()
+    return re.sub(r"^#(include|pragma).*$", "", text, flags=re.MULTILINE)
+
+
+def build(folder, *parts: str):
+    (folder / "main.cpp").write_text("\n".join(parts))
+    done = subprocess.run(
+        [CXX, "-std=c++17", "-O1", "-o", str(folder / "main"), str(folder / "main.cpp")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "main"
+
+
+@pytest.fixture(scope="module")
+def walker(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("walker"), SHIM, source("decode_schedule.cuh"), "using namespace attnkit;", MAIN)
+
+
+def pieces(walker, lens, *, ctas=264, least=1, invariant=0, chunk=(8, 64), heads=8, blocks=1, window=0, Q=1, capacity=1 << 20):
+    arguments = [ctas, least, invariant, *chunk, heads, blocks, window, Q, capacity, *lens]
+    done = subprocess.run([walker, *map(str, arguments)], capture_output=True, text=True, check=True)
+    return [[int(x) for x in line.split()] for line in done.stdout.splitlines()]
+
+
+def tiles_of(length, window=0, Q=1, capacity=1 << 20):
+    length = min(length, capacity)
+    low = max(0, length - Q - window + 1) if window else 0
+    return low // 64, max(1, -(-length // 64) - low // 64)
+
+
+LENS = {
+    "one": [1024], "empty": [0], "edges": [1, 63, 64, 65, 0, 4096], "skew": [65536, *[700] * 63], "many": [17] * 2000,
+    "ragged": [int(x) for x in np.random.default_rng(0).integers(0, 9000, 40)], "past the table": [500, 5000],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lens", LENS.values(), ids=LENS.keys())
+@pytest.mark.parametrize(
+    "options", [{}, {"ctas": 7}, {"least": 4}, {"heads": 3, "blocks": 2}, {"window": 100, "Q": 4}, {"invariant": 1}], ids=str
+)
+def test_every_tile_has_one_owner(walker, lens, options):
+    capacity = 1024 if lens == LENS["past the table"] else 1 << 20
+    found = pieces(walker, lens, capacity=capacity, **options)
+    heads, blocks = options.get("heads", 8), options.get("blocks", 1)
+    whole = {}
+    for cta, b, h, block, tile, tiles, index, count, *slots in found:
+        whole.setdefault((b, h, block), []).append((index, count, tile, tiles, cta, tuple(slots)))
+    assert set(whole) == set(itertools.product(range(len(lens)), range(heads), range(blocks)))
+    for (b, _, _), parts in whole.items():
+        parts.sort()
+        first, total = tiles_of(lens[b], options.get("window", 0), options.get("Q", 1), capacity)
+        assert [p[0] for p in parts] == list(range(len(parts))) and {p[1] for p in parts} == {len(parts)}
+        assert len({p[5] for p in parts}) == 1  # all agree where the partials lie
+        at = first
+        for _, _, tile, tiles, _, _ in parts:
+            assert tile == at and tiles > 0
+            at += tiles
+        assert at == first + total
+
+
+@pytest.mark.parametrize("invariant", [0, 1])
+def test_no_two_pieces_share_a_slot_and_all_fit(walker, invariant):
+    ctas, lens = 37, [9000, 3, 700, 64, 20000]
+    found = [p for p in pieces(walker, lens, ctas=ctas, invariant=invariant, chunk=(8, 16)) if p[7] > 1]
+    own = [p[8 + p[6]] for p in found]
+    assert len(set(own)) == len(own)
+    assert max(own) < (len(lens) * 8 * 16 if invariant else 2 * ctas + 2)
+
+
+@pytest.mark.parametrize("lens", [LENS["skew"], LENS["ragged"], [2048] * 16])
+def test_shares_differ_by_one_tile_at_most(walker, lens):
+    load = [0] * 264
+    for cta, *_, tiles, _, _ in (p[:8] for p in pieces(walker, lens)):
+        load[cta] += tiles
+    assert max(load) - min(load) <= 1
+
+
+def test_invariant_cuts_do_not_depend_on_the_batch(walker):
+    """And the default's do: the control that shows this test can fail."""
+
+    def cuts(lens, b, invariant):
+        return sorted((p[2], p[4], p[5]) for p in pieces(walker, lens, invariant=invariant) if p[1] == b)
+
+    crowd = [1, 5000, 777, 3000, 0, 12345]
+    assert cuts(crowd, 3, 1) == cuts([3000], 0, 1)
+    assert cuts(crowd, 3, 0) != cuts([3000], 0, 0)
+
+
+def test_partial_sums_add_up(tmp_path):
+    text = source("decode_combine.cuh")
+    running = text[text.index("struct Running") : text.index("// Where the rows of one piece go.")]
+    program = build(tmp_path, SHIM, running, RUNNING)
+    rng = np.random.default_rng(1)
+    high, total, value = rng.normal(0, 9, 32), rng.uniform(0.5, 9, 32), rng.normal(size=(32, 4))
+    high[[0, 7, 20]], total[[0, 7, 20]], value[[0, 7, 20]] = -np.inf, 0, 0  # pieces that saw no key
+    rows = np.column_stack([high, total, value]).astype(np.float32)
+
+    def run(table):
+        sent = "\n".join(" ".join(map(repr, map(float, row))) for row in table)
+        return np.array(subprocess.run([program], input=sent, capture_output=True, text=True, check=True).stdout.split(), float)
+
+    got = run(rows)
+    rows = rows.astype(np.float64)
+    most = rows[:, 0].max()
+    expected = (rows[:, 1:] * np.exp2(rows[:, :1] - most)).sum(0)
+    assert got[0] == pytest.approx(most)
+    np.testing.assert_allclose(got[1:], expected, rtol=3e-6, atol=1e-6)
+    rows[:, 0], rows[:, 1:] = -np.inf, 0
+    assert run(rows).tolist() == [-np.inf, 0, 0, 0, 0, 0]
