@@ -35,7 +35,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: $(BUILT) lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 perf: $(BUILT)
 	$(BIN)/python -m pytest perf/ --benchmark -q

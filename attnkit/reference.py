@@ -280,7 +280,7 @@ def sample(
     valid = ~torch.isnan(logits).any(1) & (x > -INF).any(1)
     x = torch.where(valid[:, None], x, 0.0)
     t = o["temperature"][:, None]
-    warm = x / torch.where(t == 0, 1.0, t)
+    warm = (x / torch.where(t == 0, 1.0, t)).clamp(max=torch.finfo(torch.float32).max)
     kept = survivors(warm, o["top_k"], o["top_p"], o["min_p"])
     noisy = (warm + gumbel(seeds, o["offset"], V)).masked_fill(~kept, -INF)
     # torch.argmax does not promise the lowest id on ties; a stable sort's first does.

@@ -118,6 +118,18 @@ def decode_builds() -> list[Build]:
     return list(dict.fromkeys(build_for(D, D, kv, rows, 4, ctas) for D, kv, rows in shapes for ctas in (2, 1)))
 
 
+def prefill_build(D: int, Dv: int, bf16: bool, consumers: int, block: int, stages: int) -> Variant:
+    """One build of csrc/cuda/prefill_sm90.cu: PrefillShape's parameters."""
+    values = {"D": D, "DV": Dv, "BF16": int(bf16), "CONSUMERS": consumers, "BN": block, "STAGES": stages}
+    return variant("prefill_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+
+
+def prefill_builds() -> list[Variant]:
+    """What configs/prefill_cuda.py's default() asks for."""
+    shapes = ((64, 64, 3, 128, 4), (128, 128, 2, 128, 2), (192, 128, 2, 128, 2), (256, 256, 2, 64, 2))
+    return [prefill_build(D, Dv, bf16, *rest) for D, Dv, *rest in shapes for bf16 in (True, False)]
+
+
 def shipped() -> list[Variant]:
     """What setup.py compiles where nvcc is found. Everything else is compiled on first use."""
-    return [build.variant for build in decode_builds()]
+    return [*(build.variant for build in decode_builds()), *prefill_builds()]

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from attnkit import arch, workspace
-from attnkit.backends.cuda import images, launch
+from attnkit.backends.cuda import builds, images, launch
 from attnkit.configs import prefill_cuda
 from attnkit.dispatch import Kernel, Plan
 from attnkit.signature import AttentionSig
 
-SOURCE, NAME = "prefill_sm90.cu", "attnkit_paged_prefill"
+NAME = "attnkit_paged_prefill"
 MOST_SEQUENCES = 1024
 POINTERS = ("q", "k", "v", "pages", "lens", "cu_q", "sinks", "out", "lse", "counters")
 #: struct PrefillParams of csrc/cuda/prefill_schedule.cuh
@@ -53,14 +53,7 @@ def _padded(sig: AttentionSig) -> tuple[int, int]:
 
 def _variant(sig: AttentionSig, config: prefill_cuda.CudaConfig) -> images.Variant:
     D, Dv = _padded(sig)
-    return build(D, Dv, sig.q_dtype == torch.bfloat16, config)
-
-
-def build(D: int, Dv: int, bf16: bool, config: prefill_cuda.CudaConfig) -> images.Variant:
-    return images.variant(SOURCE, {
-        "ATTNKIT_D": D, "ATTNKIT_DV": Dv, "ATTNKIT_BF16": int(bf16), "ATTNKIT_CONSUMERS": config.consumers,
-        "ATTNKIT_BN": config.block, "ATTNKIT_STAGES": config.stages,
-    })  # fmt: skip
+    return builds.prefill_build(D, Dv, sig.q_dtype == torch.bfloat16, config.consumers, config.block, config.stages)
 
 
 def _map(sizes: list[int], strides: list[int], box: list[int]) -> Any:
@@ -89,8 +82,9 @@ def _prepare(plan: Plan) -> Any:
     }  # fmt: skip
     kernel = launch.kernel(_variant(sig, config), NAME, launch.index_of(sig.device), prefill_cuda.shared_bytes(sig, config))
     most_tiles = (sig.T // tokens + sig.B) * sig.Hkv
+    grid = max(1, min(arch.of(sig.device).sms, most_tiles))
     return launch.compiled().CudaLaunch(
-        kernel, (max(1, min(arch.of(sig.device).sms, most_tiles)), 1, 1), (128 * (config.consumers + 1), 1, 1), (1, 1, 1), False,
+        kernel, (grid, 1, 1), (128 * (config.consumers + 1), 1, 1), (1, 1, 1), False,
         PARAMS.pack(values), [PARAMS.offsets[name] for name in POINTERS],
         [(PARAMS.offsets[f"{name}_map"], POINTERS.index(name), spec) for name, spec in maps],
     )  # fmt: skip
