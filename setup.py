@@ -7,6 +7,7 @@ the baseline, so the module loads on any x86-64 (or other) machine and picks at 
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import shutil
 import sys
@@ -73,7 +74,7 @@ class BuildExt(build_ext):
                 output_dir, macros, include_dirs, sources, depends, extra_postargs
             )
             cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
-            with ThreadPoolExecutor(2) as pool:
+            with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
                 list(pool.map(lambda o: with_isa(o, *build[o], cc_args, post, pp_opts), build))
             return objects
 

@@ -67,8 +67,8 @@ def counts(files: Sequence[Path]) -> dict[str, int]:
     return total
 
 
-#: What `write` runs first: name of the JUnit file and pytest's arguments.
-RUNS = (("tests", ["tests", "-m", "gpu"]), ("perf", ["perf", "--benchmark"]))
+#: What `write` runs first: name of the JUnit file and pytest's arguments. Most of the tests' time is compilation.
+RUNS = (("tests", ["tests", "-m", "gpu", "-n", "6", "--dist", "worksteal"]), ("perf", ["perf", "--benchmark"]))
 
 
 def run_all() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -21,13 +22,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-#: Files of this package with a SPECIMENS list; one that is missing is an error.
-FILES = ("decode", "prefill", "mla", "merge")
-
 #: Bytes of shared memory that one block may have.
 SHARED = {"cuda:80": 166912, "cuda:89": 101376, "cuda:90": 232448, "cuda:100": 232448, "cuda:120": 101376, "hip:gfx942": 65536}
-
-FP8_SINCE = 89
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,8 @@ class Specimen:
 
     fn          the jit function
     signature   parameter -> type as Triton spells it ("*bf16", "i32", "fp32"); absent: a constant
-    constants   parameter -> value of constexpr parameters, and None for optional pointers that do not come
+    constants   parameter -> value of constexpr parameters, and None for optional pointers that do not come; one
+                called PTX is set to whether the target is NVIDIA's
     targets     where it is a default; elsewhere it is not compiled (None: everywhere)
     unaligned   parameters not to be taken as multiples of 16 (bytes for pointers, elements for integers)
     """
@@ -84,6 +81,8 @@ def compile_specimen(specimen: Specimen, target: str) -> Any:
     names = specimen.fn.arg_names
     signature = {n: specimen.signature.get(n, "constexpr") for n in names}
     constants = {n: specimen.constants[n] for n in names if signature[n] == "constexpr"}
+    if "PTX" in constants:
+        constants["PTX"] = target.startswith("cuda")
     source = triton.compiler.ASTSource(specimen.fn, signature, constants, _attributes(specimen, names))
     options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
     return triton.compile(source, target=gpu_target(target), options=options)
@@ -114,13 +113,15 @@ def _amd_usage(kernel: Any) -> tuple[int, int]:
     return (int(registers[1]) if registers else -1, 4 * int(spills[1]) if spills else -1)
 
 
-def specimens(files: tuple[str, ...] = FILES) -> list[Specimen]:
-    """Every specimen of the kernel files named."""
+def specimens(files: tuple[str, ...] = ()) -> list[Specimen]:
+    """Every specimen of the kernel files named (by default, of every file that has some)."""
     package = __package__ or "attnkit.triton_kernels"
-    return [s for f in files for s in importlib.import_module(f"{package}.{f}").SPECIMENS]
+    names = files or sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    modules = [importlib.import_module(f"{package}.{name}") for name in names]
+    return [s for module in modules for s in getattr(module, "SPECIMENS", ())]
 
 
-def report(targets: list[str], files: tuple[str, ...] = FILES) -> Iterator[Compiled]:
+def report(targets: list[str], files: tuple[str, ...] = ()) -> Iterator[Compiled]:
     for target in targets:
         for specimen in specimens(files):
             if specimen.targets is None or target in specimen.targets:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .aot import Specimen
 from .launcher import Launcher
-from .tiles import LN2, LOG2E, device_function, narrow, store_tile, widen
+from .tiles import LN2, LOG2E, device_function, loop, narrow, store_tile, widen
 
 
 @device_function
@@ -34,16 +34,18 @@ def finish(m, l, sinks, head, ok):
 
 
 @device_function
-def store_rows(acc0, acc1, m, l, rows, ok, factor, sinks, head, lse, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr):
-    """Finish an accumulator and write it to the output rows at pointers ``rows`` (and ``lse``, where asked)."""
-    weight, total = finish(m, l, sinks, head, ok)
-    weight = weight * factor
+def store_rows(
+    acc0, acc1, m, l, rows, ok, gain, sinks, sink_at, lse, lse_at, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr
+):
+    """Finish an accumulator and write it to the output rows at pointers ``rows`` (and lse, where asked)."""
+    weight, total = finish(m, l, sinks, sink_at, ok)
+    weight = weight * gain
     dtype: tl.constexpr = rows.dtype.element_ty
     store_tile(rows, narrow(acc0 * weight[:, None], dtype), DV, 0, DV0, ok)
     if DV1 > 0:
         store_tile(rows, narrow(acc1 * weight[:, None], dtype), DV, DV0, DV1, ok)
     if lse is not None:
-        tl.store(lse, total, mask=ok)
+        tl.store(lse + lse_at, total, mask=ok)
 
 
 @device_function
@@ -61,41 +63,48 @@ def store_part(parts, slot, acc0, acc1, m, l, ok, BM: tl.constexpr, DV0: tl.cons
 
 @device_function
 def combine_parts(
-    parts, first, origin, step, n, ok,
-    BM: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, UNROLL: tl.constexpr,
+    parts, first, origin, step, n, r, col, ok, rows, gain, sinks, sink_at, lse, lse_at,
+    DV: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, RB: tl.constexpr, CW: tl.constexpr, ZB: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over ``n`` parts, in their order whoever wrote them last: slot ``first``, then origin + step z.
+    """Write CW columns from ``col`` on of the RB tile rows ``r``: the softmax over ``n`` parts.
 
-    UNROLL parts are loaded side by side, past the first-level cache that may hold what a slot was before.
+    The parts lie in slot ``first``, then in origin + step z. They are summed in that order, ZB at a time, whoever
+    wrote them last, and are loaded past the first-level cache, which may hold what a slot was before.
     """
-    r = tl.arange(0, BM)
-    WIDTH: tl.constexpr = DV0 + DV1
-    m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    acc0 = tl.zeros([BM, DV0], tl.float32)
-    acc1 = tl.zeros([BM, DV1 if DV1 > 0 else 16], tl.float32)
-    for z0 in range(0, n, UNROLL):
-        for u in tl.static_range(UNROLL):
-            z = z0 + u
-            slot = tl.where(z == 0, first, origin + step * z)
-            have = ok & (z < n)
-            at = parts + slot.to(tl.int64) * (BM * (WIDTH + 2))
-            mz = tl.load(at + BM * WIDTH + r, mask=have, other=float("-inf"), cache_modifier=".cg")
-            lz = tl.load(at + BM * (WIDTH + 1) + r, mask=have, other=0.0, cache_modifier=".cg")
-            top = tl.maximum(m, mz)
-            base = tl.where(top == float("-inf"), 0.0, top)
-            old = tl.exp2(m - base)
-            new = tl.exp2(mz - base)
-            l = l * old + lz * new
-            m = top
-            rows = (at + r * WIDTH)[:, None]
-            part = tl.load(rows + tl.arange(0, DV0)[None, :], mask=have[:, None], other=0.0, cache_modifier=".cg")
-            acc0 = acc0 * old[:, None] + part * new[:, None]
-            if DV1 > 0:
-                cols = (DV0 + tl.arange(0, DV1))[None, :]
-                part = tl.load(rows + cols, mask=have[:, None], other=0.0, cache_modifier=".cg")
-                acc1 = acc1 * old[:, None] + part * new[:, None]
-    return m, l, acc0, acc1
+    cols = col + tl.arange(0, CW)
+    m = tl.full([RB], float("-inf"), tl.float32)
+    l = tl.zeros([RB], tl.float32)
+    acc = tl.zeros([RB, CW], tl.float32)
+    for z0 in loop(0, n, ZB):
+        z = z0 + tl.arange(0, ZB)
+        slot = tl.where(z == 0, first, origin + step * z).to(tl.int64)
+        at = (parts + slot * (BM * (WIDTH + 2)))[:, None]
+        have = (z < n)[:, None] & ok[None, :]
+        ends = at + BM * WIDTH + r[None, :]
+        mz = tl.load(ends, mask=have, other=float("-inf"), cache_modifier=".cg")
+        lz = tl.load(ends + BM, mask=have, other=0.0, cache_modifier=".cg")
+        from_ = (at + (r * WIDTH)[None, :])[:, :, None] + cols[None, None, :]
+        part = tl.load(from_, mask=have[:, :, None] & (cols < WIDTH)[None, None, :], other=0.0, cache_modifier=".cg")
+        top = tl.maximum(m, tl.max(mz, 0))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        old = tl.exp2(m - base)
+        new = tl.exp2(mz - base[None, :])
+        l = l * old + tl.sum(lz * new, 0)
+        acc = acc * old[:, None] + tl.sum(part * new[:, :, None], 0)
+        m = top
+    weight, total = finish(m, l, sinks, sink_at, ok)
+    y = narrow(acc * (weight * gain)[:, None], rows.dtype.element_ty)
+    tl.store(rows[:, None] + cols[None, :], y, mask=ok[:, None] & (cols < DV)[None, :])
+    if lse is not None:
+        tl.store(lse + lse_at, total, mask=ok)
+
+
+def combine_constants(parts: int, rows: int, width: int, num_warps: int) -> dict[str, int]:
+    """RB, CW and ZB for about ``parts`` parts of ``rows`` rows: 16 values a thread are loaded side by side."""
+    room = 512 * num_warps
+    cw = min(triton.next_power_of_2(width), room // 4)
+    rb = min(triton.next_power_of_2(rows), room // (4 * cw))
+    return {"RB": rb, "CW": cw, "ZB": max(2, min(triton.next_power_of_2(parts), room // (rb * cw)))}
 
 
 @triton.jit
