@@ -28,7 +28,7 @@ struct DecodeShape {
   static constexpr int Threads = Consumers + 64;
   static constexpr int ElementBytes = Bytes ? 1 : 2;
   // A row of K or V lies in planes of Swizzle bytes, each plane [T][Swizzle] as TMA swizzles it.
-  static constexpr int swizzle(int bytes) { return bytes % 128 == 0 ? 128 : bytes % 64 == 0 ? 64 : 32; }
+  ATTNKIT_DEVICE static constexpr int swizzle(int bytes) { return bytes % 128 == 0 ? 128 : bytes % 64 == 0 ? 64 : 32; }
   static constexpr int RowK = D * ElementBytes, RowV = DV * ElementBytes;
   static constexpr int SwizzleK = swizzle(RowK), SwizzleV = swizzle(RowV);
   static constexpr int StageBytes = T * (RowK + RowV);
