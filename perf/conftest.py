@@ -19,6 +19,7 @@ OUT = Path(__file__).parent / "out" / "run.json"
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attnkit")
     group.addoption("--benchmark", action="store_true", help="time every case and print the roofline table")
+    group.addoption("--first", action="store_true", help="with --benchmark: only the kernel that serves each case")
     group.addoption("--roofline-json", default=str(OUT), metavar="PATH", help=f"where the rows go (default {OUT})")
 
 
@@ -30,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_quiet = True  # pytest-benchmark's own table times whole replays
         config.option.benchmark_disable_gc = True
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:perf.peers")  # FlashInfer's older names
-    config.stash[BENCH] = Bench(timed)
+    config.stash[BENCH] = Bench(timed, first=config.getoption("--first"))
 
 
 BENCH = pytest.StashKey[Bench]()

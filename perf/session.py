@@ -27,10 +27,14 @@ CPU_BUDGET = 1.5
 
 
 class Bench:
-    """What the session has measured. ``timed`` is False where perf/ only checks, at small sizes."""
+    """What the session has measured. ``timed`` is False where perf/ only checks, at small sizes.
 
-    def __init__(self, timed: bool) -> None:
+    ``first``: time the kernel that serves a case, and leave out those behind it.
+    """
+
+    def __init__(self, timed: bool, first: bool = False) -> None:
         self.timed = timed
+        self.first = first
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rows: list[Row] = []
         self.engine: list[dict[str, Any]] = []
@@ -67,6 +71,8 @@ class Bench:
         return self._inputs[1]
 
     def run(self, case: Case, kernel: Kernel, request: pytest.FixtureRequest) -> None:
+        if self.first and case in self._peers:
+            pytest.skip("--first: another kernel serves this case")
         sets = self.inputs(case)
         try:
             plan = workload.plan(case, sets[0], kernel.name)

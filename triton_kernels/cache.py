@@ -52,9 +52,7 @@ def write_kernel(
     slot = at % S
     if (at >= 0) & (page < P):
         if which % 2 == 0:
-            _copy(
-                k, k_cache, k_scale, t, page, slot, heads, k_t, k_h, kc_p, kc_s, kc_h, ks_h, HKV, D, BD, INT8, E4M3, BY_HAND
-            )
+            _copy(k, k_cache, k_scale, t, page, slot, heads, k_t, k_h, kc_p, kc_s, kc_h, ks_h, HKV, D, BD, INT8, E4M3, BY_HAND)
         else:
             _copy(
                 v, v_cache, v_scale, t, page, slot, heads, v_t, v_h, vc_p, vc_s, vc_h, vs_h, HKV, DV, BDV, INT8, E4M3, BY_HAND

@@ -53,9 +53,7 @@ def _products(
 
 
 @device_function
-def _finish(
-    acc, a_scale, w_scale, bias, out, M, N, stride_o, m, n, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr
-):
+def _finish(acc, a_scale, w_scale, bias, out, M, N, stride_o, m, n, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr):
     """acc * a_scale * w_scale + bias, rounded once, to out."""
     ok_m = m < M
     ok_n = n < N

@@ -49,4 +49,3 @@ def to_e4m3(x, BY_HAND: tl.constexpr):
         return e4m3_bits(x)
     else:
         return tl.where(x == x, tl.minimum(tl.maximum(x, -448.0), 448.0), x).to(tl.float8e4nv)
-

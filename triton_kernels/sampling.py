@@ -201,9 +201,7 @@ _ALWAYS = ("logits", "seeds", "tokens", "valid", "parts", "counters", "chosen", 
 PENALTIES = ("counts", "prompt", "bias", "allowed", "repetition", "presence", "frequency")
 
 
-def specimen(
-    name: str, fn: Any, dtype: str, options: tuple[str, ...], constants: dict[str, Any], num_warps: int
-) -> Specimen:
+def specimen(name: str, fn: Any, dtype: str, options: tuple[str, ...], constants: dict[str, Any], num_warps: int) -> Specimen:
     """``options``: the optional tensors that come. V stands for any vocabulary; row strides are multiples of 16."""
     signature: dict[str, str] = {}
     absent: dict[str, Any] = {}

@@ -88,9 +88,7 @@ class Llama:
             x = x[batch.rows]
         return self.head(self.norm(x))
 
-    def _attend(
-        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Cache, out: Tensor
-    ) -> None:
+    def _attend(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Cache, out: Tensor) -> None:
         """Normed x [T, H] to out [T, Hq, D]."""
         c = self.config
         heads = layer.qkv(x).view(x.shape[0], -1, c.head_dim)

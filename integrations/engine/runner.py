@@ -24,9 +24,7 @@ class Runner:
     kernels read lengths on the device, so one graph serves all of them.
     """
 
-    def __init__(
-        self, model: Model, rows: DecodeRows, cache: Tensor, graphs: bool, notify: Callable[[str], None]
-    ) -> None:
+    def __init__(self, model: Model, rows: DecodeRows, cache: Tensor, graphs: bool, notify: Callable[[str], None]) -> None:
         self.model, self.rows, self.notify = model, rows, notify
         self.device, self.caches = cache.device, model.views(cache)
         self.graphs = graphs and self.device.type == "cuda" and model.capturable

@@ -96,5 +96,7 @@ def test_fault_07_idle_rows_write_nothing_and_read_nothing(directory, request):
 
     llm.runner.logits = padded
     with torch.inference_mode():
-        llm.generate(["abc", "a longer text than that", "x"], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (4, 9, 30)])
+        llm.generate(
+            ["abc", "a longer text than that", "x"], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (4, 9, 30)]
+        )
     assert set(seen) == {1, 2, 3}

@@ -165,7 +165,9 @@ def test_index_with_a_missing_shard(copy, no_memory):
     assert "model.safetensors.index.json: " in message and "in b.safetensors, which does not exist" in message
 
 
-@pytest.mark.parametrize("where", ["../out.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", 7, "a.bin", "c:\\a.safetensors"])
+@pytest.mark.parametrize(
+    "where", ["../out.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", 7, "a.bin", "c:\\a.safetensors"]
+)
 def test_index_pointing_outside(copy, no_memory, where):
     weight_map = shard(copy)
     save_index(copy, weight_map | {QUERY: where})

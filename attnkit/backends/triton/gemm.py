@@ -37,9 +37,7 @@ def _bind_gemm(plan: Plan, reusable: bool) -> Any:
     return bound, gemm.launch
 
 
-def _gemm(
-    plan: Plan, a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
+def _gemm(plan: Plan, a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
     key = "reused" if aligned(a, w, a_scale, w_scale, bias, out) else "fresh"
     held = plan.state.get(key)
     if held is None:
