@@ -1,11 +1,23 @@
 # Each target does its own set-up. `make demo` and `make test` are all a newcomer needs.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-READY := $(VENV)/.ready
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test lint perf tune gpu-check receipt report clean
+# A torch >= 2.9 that $(PYTHON) already has is used as it is, with what stands beside it; otherwise .venv gets the pins
+# of requirements-dev.txt.
+FIND_TORCH := from importlib.metadata import version as v; print(tuple(map(int, v("torch").split(".")[:2])) >= (2, 9))
+ifeq ($(shell $(PYTHON) -c '$(FIND_TORCH)' 2>/dev/null),True)
+PY := $(PYTHON)
+STATE := build/make
+READY := $(STATE)/.ready
+else
+PY := .venv/bin/python
+STATE := .venv
+READY := .venv/.ready
+endif
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+ATTNKIT := $(PY) -c 'from attnkit.cli import main; main()'
+
+.PHONY: help demo test lint perf tune gpu-check receipt clean
 
 help:
 	@echo "make demo       generate text from the bundled checkpoint, then the roofline table of this machine"
@@ -15,40 +27,44 @@ help:
 	@echo "make gpu-check  on a GPU machine: the GPU tests and the perf suite, then the receipt"
 	@echo "make receipt    does the committed receipt belong to this code?"
 
-$(READY): requirements-dev.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-	touch $(READY)
+.venv/.ready: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+build/make/.ready:
+	mkdir -p $(@D)
+	touch $@
 
 CSRC := $(shell find csrc -type f)
-BUILT := $(VENV)/.built
+BUILT := $(STATE)/.built
 $(BUILT): $(READY) $(CSRC) setup.py pyproject.toml
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e . --no-build-isolation --no-deps
-	touch $(BUILT)
+	$(PIP) -e . --no-build-isolation --no-deps
+	touch $@
 
 demo: $(BUILT)
-	$(BIN)/attnkit demo
+	$(ATTNKIT) demo
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
+# One OpenMP thread a worker: two workers with two threads each would wait for one another.
 test: $(BUILT) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal
 
 perf: $(BUILT)
-	$(BIN)/python -m pytest perf/ --benchmark -q
+	$(PY) -m pytest perf/ --benchmark -q
 
 tune: $(BUILT)
-	$(BIN)/attnkit tune
+	$(ATTNKIT) tune
 
-# On the GPU machine the interpreter that has torch is used as it is: PYTHON=python3 make gpu-check
-gpu-check:
-	$(PYTHON) -m perf.receipt write
+gpu-check: $(BUILT)
+	$(PY) -m perf.receipt write
 
 receipt:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m perf.receipt check
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m perf.receipt check
 
 clean:
-	rm -rf $(VENV) build attnkit/*.so attnkit/cubins *.egg-info
+	rm -rf .venv build attnkit/*.so attnkit/cubins *.egg-info
