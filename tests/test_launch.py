@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from attnkit import settings
-from attnkit.backends.cuda import builds, decode, images, launch, nvrtc
+from attnkit.backends.cuda import decode, images, launch, nvrtc
+from attnkit.backends.cuda.builds import decode as builds
 from attnkit.configs import decode_cuda
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
-BUILDS = builds.decode_builds()
+BUILDS = builds.shipped()
 
 
 def label(build: builds.Build) -> str:

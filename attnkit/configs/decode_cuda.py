@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnkit.arch import Arch
-from attnkit.backends.cuda.builds import BF16, E4M3, F16, INT8, Build, build_for
+from attnkit.backends.cuda.builds.decode import BF16, E4M3, F16, INT8, Build, build_for
 from attnkit.configs import Space
 from attnkit.configs.decode import bucket
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit import arch, workspace
-from attnkit.backends.cuda.builds import Build, swizzle
+from attnkit.backends.cuda.builds.decode import Build, swizzle
 from attnkit.backends.cuda.launch import (
     MAP_PROMOTE_128,
     MAP_SWIZZLE,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from attnkit import arch, workspace
-from attnkit.backends.cuda import builds, images, launch
+from attnkit.backends.cuda import images, launch
+from attnkit.backends.cuda.builds import prefill as builds
 from attnkit.configs import prefill_cuda
 from attnkit.dispatch import Kernel, Plan
 from attnkit.signature import AttentionSig
@@ -53,7 +54,7 @@ def _padded(sig: AttentionSig) -> tuple[int, int]:
 
 def _variant(sig: AttentionSig, config: prefill_cuda.CudaConfig) -> images.Variant:
     D, Dv = _padded(sig)
-    return builds.prefill_build(D, Dv, sig.q_dtype == torch.bfloat16, config.consumers, config.block, config.stages)
+    return builds.build(D, Dv, sig.q_dtype == torch.bfloat16, config.consumers, config.block, config.stages)
 
 
 def _map(sizes: list[int], strides: list[int], box: list[int]) -> Any:

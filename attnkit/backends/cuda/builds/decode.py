@@ -1,7 +1,4 @@
-"""Which builds of the CUDA sources exist: their macros, their shared memory, and those that are shipped.
-
-Imports no torch: setup.py reads this where torch may be missing.
-"""
+"""The decode kernels' builds: their macros, their shared memory, and those that are shipped."""
 
 from __future__ import annotations
 
@@ -110,26 +107,9 @@ def build_for(D: int, Dv: int, kv: int, rows: int, G: int, ctas_per_sm: int) -> 
     return Build(D, Dv, kv, 2, 1, 4, mt, ctas_per_sm if wide_rows <= 256 else 1)
 
 
-def decode_builds() -> list[Build]:
+def shipped() -> list[Build]:
     """Head sizes 64, 128 and 256; up to 8, up to 16 and more query rows a KV head."""
     shapes = [(D, BF16, rows) for D in (128, 64, 256) for rows in (8, 16, 64)]
     shapes += [(128, F16, rows) for rows in (8, 16, 64)]
     shapes += [(128, kv, rows) for kv in (E4M3, INT8) for rows in (8, 16)]
     return list(dict.fromkeys(build_for(D, D, kv, rows, 4, ctas) for D, kv, rows in shapes for ctas in (2, 1)))
-
-
-def prefill_build(D: int, Dv: int, bf16: bool, consumers: int, block: int, stages: int) -> Variant:
-    """One build of csrc/cuda/prefill_sm90.cu: PrefillShape's parameters."""
-    values = {"D": D, "DV": Dv, "BF16": int(bf16), "CONSUMERS": consumers, "BN": block, "STAGES": stages}
-    return variant("prefill_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
-
-
-def prefill_builds() -> list[Variant]:
-    """What configs/prefill_cuda.py's default() asks for."""
-    shapes = ((64, 64, 3, 128, 4), (128, 128, 2, 128, 2), (192, 128, 2, 128, 2), (256, 256, 2, 64, 2))
-    return [prefill_build(D, Dv, bf16, *rest) for D, Dv, *rest in shapes for bf16 in (True, False)]
-
-
-def shipped() -> list[Variant]:
-    """What setup.py compiles where nvcc is found. Everything else is compiled on first use."""
-    return [*(build.variant for build in decode_builds()), *prefill_builds()]

@@ -1,0 +1,14 @@
+"""Which builds of the CUDA sources exist, a module a kernel family.
+
+Imports no torch: setup.py reads this where torch may be missing.
+"""
+
+from __future__ import annotations
+
+from attnkit.backends.cuda.builds import decode, prefill
+from attnkit.backends.cuda.images import Variant
+
+
+def shipped() -> list[Variant]:
+    """What setup.py compiles where nvcc is found. Everything else is compiled on first use."""
+    return [*(build.variant for build in decode.shipped()), *prefill.shipped()]
