@@ -24,7 +24,7 @@ help:
 	@echo "make test       lint, types, then every test that can run here"
 	@echo "make perf       pytest perf/ --benchmark: every case, with peers that are installed"
 	@echo "make tune       find this machine's best configs and keep them"
-	@echo "make gpu-check  on a GPU machine: the GPU tests and the perf suite, then the receipt"
+	@echo "make gpu-check  on a GPU machine: compute-sanitizer, the GPU tests and the perf suite, then the receipt"
 	@echo "make receipt    does the committed receipt belong to this code?"
 
 .venv/.ready: requirements-dev.txt

@@ -1,8 +1,8 @@
 """What CI cannot run, written down: `python -m perf.receipt write | check | source`.
 
-`write` runs the GPU tests and `pytest perf/ --benchmark`, and puts their counts and rows into
-perf/results/<gpu>.json. With --no-run it takes what earlier runs left in perf/out: run.json and the JUnit
-files tests.xml and perf.xml. `check` says whether the committed receipts belong to the code as it stands.
+`write` runs compute-sanitizer, the GPU tests and `pytest perf/ --benchmark`, and puts their counts and rows into
+perf/results/<gpu>.json. With --no-run it takes what earlier runs left in perf/out: sanitizer.json, run.json and
+the JUnit files tests.xml and perf.xml. `check` says whether the committed receipts belong to the code as it stands.
 It needs neither git nor a GPU.
 """
 
@@ -71,11 +71,17 @@ def counts(files: Sequence[Path]) -> dict[str, int]:
 RUNS = (("tests", ["tests", "-m", "gpu", "-n", "6", "--dist", "worksteal"]), ("perf", ["perf", "--benchmark"]))
 
 
+#: What perf/sanitize.py leaves beside run.json.
+SANITIZER = "sanitizer.json"
+
+
 def run_all() -> None:
     """The GPU tests, then the perf suite, each in a process of its own; failures end up in the JUnit files."""
     OUT.mkdir(parents=True, exist_ok=True)
-    for old in (OUT / "run.json", *OUT.glob("*.xml")):
+    for old in (OUT / "run.json", OUT / SANITIZER, *OUT.glob("*.xml")):
         old.unlink(missing_ok=True)
+    print("receipt: compute-sanitizer", flush=True)
+    subprocess.run([sys.executable, "-m", "perf.sanitize"], cwd=ROOT)  # what it found is in its file
     for name, arguments in RUNS:
         command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={OUT / f'{name}.xml'}"]
         print("receipt: pytest", *arguments, flush=True)
@@ -99,7 +105,15 @@ def build(run: Path, junit: Sequence[Path], root: Path = ROOT) -> dict[str, Any]
         raise Refused(f"no JUnit files under {OUT}; run the tests with --junitxml={OUT}/tests.xml first")
     keys = ("source", "gpu", "versions", "roofs")
     rest = {k: data.get(k, []) for k in ("rows", "engine", "notes")}
-    return {**{k: data[k] for k in keys}, "tests": counts(junit), **rest}
+    return {**{k: data[k] for k in keys}, "tests": counts(junit), **_sanitizer(run.parent / SANITIZER, source), **rest}
+
+
+def _sanitizer(path: Path, source: str) -> dict[str, Any]:
+    """Errors and cases of each of compute-sanitizer's tools; empty where it was not run on this code."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {"sanitizer": found["tools"]} if found["source"] == source else {}
 
 
 def write(run: Path, junit: Sequence[Path]) -> Path:
@@ -134,6 +148,9 @@ def check(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
             continue
         if not belongs:
             problems.append(f"{path.name}: is of other code ({receipt['source']}, now {source})")
+        for tool, result in receipt.get("sanitizer", {}).items():
+            if result["errors"]:
+                problems.append(f"{path.name}: {tool} found {result['errors']} errors (-1: did not finish)")
         if failed or not rows:
             problems.append(f"{path.name}: {failed} tests failed, {rows} rows")
     return problems

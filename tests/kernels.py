@@ -18,9 +18,12 @@ def device_of(kernel: Kernel) -> str:
 
 
 def every(kernels: tuple[Kernel, ...]) -> list:
-    """pytest parameters (impl, device). FlashInfer's are not attnkit's to hold to these cases: see test_flashinfer.py."""
+    """pytest parameters (impl, device), impl by the kernel's own name: an op may have several kernels of one impl.
+
+    FlashInfer's are not attnkit's to hold to these cases: see test_flashinfer.py.
+    """
     return [
-        pytest.param(k.impl, device_of(k), id=k.name, marks=[pytest.mark.gpu] if device_of(k) == "cuda" else [])
+        pytest.param(k.name, device_of(k), id=k.name, marks=[pytest.mark.gpu] if device_of(k) == "cuda" else [])
         for k in kernels
         if k.impl != "flashinfer"
     ]

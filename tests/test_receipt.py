@@ -95,6 +95,15 @@ def test_a_receipt_has_what_is_asked_for(tree, monkeypatch):
     assert data["rows"][0]["us"] == 1.2346 and data["engine"] == [{"case": "x"}]
 
 
+@pytest.mark.parametrize(("source", "taken"), [("abc", True), ("old", False)])
+def test_the_sanitizers_counts_are_taken_up_if_they_are_of_this_code(tree, monkeypatch, source, taken):
+    monkeypatch.setattr(receipt, "source_hash", lambda root=None: "abc")
+    run, junit = outputs(tree, "abc")
+    tools = {"memcheck": {"errors": 0, "cases": 9}}
+    (tree / receipt.SANITIZER).write_text(json.dumps({"source": source, "tools": tools}))
+    assert receipt.build(run, junit, tree).get("sanitizer") == (tools if taken else None)
+
+
 @pytest.mark.parametrize(
     ("change", "says"), [({"source": "old"}, "measured on other code"), ({"gpu": "cpu-avx2"}, "a receipt is of a GPU")]
 )
@@ -125,6 +134,7 @@ def test_check(tree):
     (results / "b.json").write_text(json.dumps({**good, "source": "old"}))
     (results / "c.json").write_text(json.dumps({**good, "tests": {"failed": 3}}))
     (results / "d.json").write_text("{")
+    (results / "e.json").write_text(json.dumps({**good, "sanitizer": {"memcheck": {"errors": 2, "cases": 9}}}))
     problems = receipt.check(results, tree)
-    assert len(problems) == 3
+    assert len(problems) == 4 and "memcheck found 2 errors" in problems[3]
     assert "other code" in problems[0] and "3 tests failed" in problems[1] and "not a receipt" in problems[2]

@@ -1,0 +1,114 @@
+"""compute-sanitizer over one small case of every CUDA kernel: `python -m perf.sanitize`.
+
+memcheck, initcheck and synccheck side by side, each over a process of its own; the counts go to
+perf/out/sanitizer.json, which the receipt takes up. initcheck follows what kernels and copies wrote, so the
+inputs are made on the CPU and copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from perf.receipt import OUT, ROOT, source_hash
+
+TOOLS = ("memcheck", "initcheck", "synccheck")
+RESULT = OUT / "sanitizer.json"
+ERRORS = 97
+_SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
+
+
+def cases() -> Iterator[tuple[Any, str]]:
+    """A case for each CUDA kernel of each op, small, with pieces that meet and tiles that end early."""
+    from attnkit.workload import Gemm, Quantize, Sample
+    from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+
+    lens = (300, 1, 77)
+    every = [
+        Decode(B=3, L=lens, Hq=8, Hkv=2),
+        Decode(B=3, L=lens, Hq=32, Hkv=1, Q=2),
+        Decode(B=3, L=lens, Hq=8, Hkv=2, kv="fp8"),
+        Decode(B=3, L=lens, Hq=8, Hkv=2, kv="int8", batch_invariant=True),
+        Prefill(B=3, L=lens, Hq=8, Hkv=2),
+        Prefill(B=2, n=16, L=(1500, 900), Hq=8, Hkv=1),
+        Prefill(B=3, L=lens, Hq=4, Hkv=4, D=64, softcap=20.0, sinks=True),
+        MlaDecode(B=3, L=lens, H=16),
+        MlaDecode(B=3, L=lens, H=128),
+        MlaPrefill(B=2, L=130, H=2),
+        *(Gemm(M=M, N=520, K=512, dtype=kind, bias=True) for M in (5, 70, 300) for kind in ("int8", "fp8")),
+        *(Quantize(M=9, K=1000, dtype=kind) for kind in ("int8", "fp8")),
+        Sample(B=3, V=32003, top_k=50, top_p=0.9),
+        Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
+        Sample(B=3, V=32003, dtype="bf16"),
+        Sample(B=3, V=32003, temperature=0.0),
+    ]
+    for case in every:
+        for kernel in case.kernels():
+            if kernel.impl == "cuda":
+                yield case, kernel.name
+
+
+def run() -> list[str]:
+    """Every case once, in this process; the names of those that ran (a kernel declines what is another's)."""
+    import torch
+    from torch import Tensor
+
+    done = []
+    for case, kernel in cases():
+        x = {k: v.to("cuda") if isinstance(v, Tensor) else v for k, v in case.build(torch.device("cpu")).items()}
+        call = case.call(x, kernel)
+        try:
+            call()
+        except RuntimeError as error:
+            if "no kernel serves this call" not in str(error):
+                raise
+            continue
+        torch.cuda.synchronize()
+        done.append(f"{case.op} {case.name} {kernel}")
+    return done
+
+
+def start(tool: str, sanitizer: str) -> subprocess.Popen[str]:
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERRORS), sys.executable, "-m", "perf.sanitize", "--run"]
+    log = (OUT / f"{tool}.log").open("w")
+    # Without torch's cache every tensor is an allocation of its own, whose ends the tools can see.
+    surroundings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf.sanitize", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run", action="store_true", help="only run the cases, in this process")
+    parser.add_argument("--tool", nargs="*", default=list(TOOLS), choices=TOOLS, help="default: all three")
+    args = parser.parse_args(argv)
+    if args.run:
+        print(*run(), sep="\n")
+        return 0
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        print("sanitize: compute-sanitizer was not found (the CUDA toolkit brings it)", file=sys.stderr)
+        return 2
+    OUT.mkdir(parents=True, exist_ok=True)
+    running = {tool: start(tool, sanitizer) for tool in args.tool}
+    found: dict[str, Any] = {"source": source_hash(), "tools": {}}
+    for tool, process in running.items():
+        code = process.wait()
+        text = (OUT / f"{tool}.log").read_text(encoding="utf-8", errors="replace")
+        summary = _SUMMARY.search(text)
+        # A run that broke off has checked nothing, whatever its summary says.
+        errors = int(summary[1]) if summary and code in (0, ERRORS) else -1
+        found["tools"][tool] = {"errors": errors, "cases": sum(" cuda_" in line for line in text.splitlines())}
+        print(f"{tool:10} {'did not finish' if errors < 0 else f'{errors} errors'}  ({OUT / tool}.log)", flush=True)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(t["errors"] == 0 for t in found["tools"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
