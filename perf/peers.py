@@ -280,10 +280,8 @@ def flashinfer_sampling(case: Sample, x: Inputs) -> Call:
 
 def torch_sort(case: Sample, x: Inputs) -> Call:
     """The sampler every engine starts with: sort, mask, softmax, draw."""
-    _need(not case.penalties)
+    _need(not case.penalties and case.temperature > 0)
     logits, t = x["logits"], x["temperature"][:, None]
-    if case.temperature == 0:
-        return lambda: logits.argmax(-1)
 
     def run() -> Tensor:
         z = logits.float() / t
@@ -302,6 +300,12 @@ def torch_sort(case: Sample, x: Inputs) -> Call:
         return token if order is None else order.gather(1, token[:, None])[:, 0]
 
     return run
+
+
+def torch_argmax(case: Sample, x: Inputs) -> Call:
+    _need(not case.penalties and case.temperature == 0)
+    logits = x["logits"]
+    return lambda: logits.argmax(-1)
 
 
 #: (op, device type, name shown, module it needs, maker)
@@ -323,6 +327,7 @@ PEERS: tuple[tuple[str, str, str, str | None, Maker], ...] = (
     ("quantize_per_token", "cuda", "vLLM", "vllm._custom_ops", cutlass_quant),
     ("sample", "cuda", "FlashInfer", "flashinfer", flashinfer_sampling),
     ("sample", "any", "torch sort", None, torch_sort),
+    ("sample", "any", "torch argmax", None, torch_argmax),
 )
 
 
