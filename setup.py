@@ -111,7 +111,7 @@ def prebuild_cubins() -> Path:
         print("nvcc was not found: CUDA kernels will be compiled on first use")
         return images.PREBUILT
     try:
-        made = images.prebuild(builds.shipped(), nvcc)
+        made = images.prebuild(builds.shipped(), nvcc, jobs=os.cpu_count() or 2)
         print(f"CUDA kernels: {len(made)} compiled into {images.PREBUILT}")
     except RuntimeError as error:
         print(f"CUDA kernels will be compiled on first use: {error}")
