@@ -1,4 +1,4 @@
-"""Configs of the sm_90a prefill kernel."""
+"""Configs of the sm_90a prefill kernel, with pages and without."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from attnkit.arch import Arch
 from attnkit.configs import Space, pow2
-from attnkit.signature import AttentionSig
+from attnkit.signature import AttentionSig, RaggedSig
+
+SHARED = 227 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,38 +29,42 @@ def padded(head: int) -> int:
     return next(n for n in (64, 128, 192, 256) if head <= n)
 
 
-def shared_bytes(sig: AttentionSig, config: CudaConfig) -> int:
+def shared_bytes(sig: AttentionSig | RaggedSig, config: CudaConfig) -> int:
     """What csrc/cuda/prefill_sm90.cuh's SharedBytes says."""
     D, Dv = padded(sig.D), padded(sig.Dv)
-    tiles = config.stages * config.block * (D + Dv) * 2
-    return 1024 + 64 * config.consumers * D * 2 + tiles + 1024 * 4 + 256
+    queries = 64 * config.consumers * D * 2
+    once = 1024 + 640 + 1024 * 6 + 16 + queries + config.stages * config.block * (D + Dv) * 2
+    return once + queries if once + queries <= SHARED else once
 
 
-def default(sig: AttentionSig, arch: Arch) -> CudaConfig:
+def default(sig: AttentionSig | RaggedSig, arch: Arch) -> CudaConfig:
     head = padded(sig.D)
     if head == 256:
         return CudaConfig(2, 64, 2)
     return CudaConfig(3, 128, 4) if head == 64 else CudaConfig(2, 128, 2)
 
 
-def candidates(sig: AttentionSig, arch: Arch) -> list[CudaConfig]:
+def candidates(sig: AttentionSig | RaggedSig, arch: Arch) -> list[CudaConfig]:
     every = [default(sig, arch), CudaConfig(2, 128, 2), CudaConfig(2, 64, 2), CudaConfig(2, 64, 3), CudaConfig(2, 64, 4)]
     if padded(sig.D) == 64:
         every += [CudaConfig(3, 128, 2), CudaConfig(3, 128, 4), CudaConfig(3, 64, 4)]
     return [c for c in dict.fromkeys(every) if fits(sig, c)]
 
 
-def fits(sig: AttentionSig, config: CudaConfig) -> bool:
+def fits(sig: AttentionSig | RaggedSig, config: CudaConfig) -> bool:
     """Shared memory, and registers: a thread holds block / 2 scores, block / 4 probabilities and Dv / 2 outputs."""
     registers = config.block // 2 + config.block // 4 + padded(sig.Dv) // 2
-    return shared_bytes(sig, config) <= 227 * 1024 and registers <= (200 if config.consumers == 2 else 130)
+    return shared_bytes(sig, config) <= SHARED and registers <= (200 if config.consumers == 2 else 130)
 
 
 def bucket(sig: AttentionSig) -> str:
     return f"Hq{sig.Hq}-Hkv{sig.Hkv}-D{sig.D}-Dv{sig.Dv}-S{sig.S}-B{pow2(sig.B)}-T{pow2(sig.T)}"
 
 
-CUDA = Space(
-    "paged_prefill", "cuda_sm90", CudaConfig, default, candidates, bucket,
-    sources=("csrc/cuda/prefill_sm90.cuh", "csrc/cuda/prefill_schedule.cuh", "csrc/cuda/wgmma_sm90.cuh"),
-)  # fmt: skip
+def ragged_bucket(sig: RaggedSig) -> str:
+    return f"H{sig.H}-Hk{sig.Hk}-D{sig.D}-Dv{sig.Dv}-B{pow2(sig.B)}-T{pow2(sig.T)}"
+
+
+SOURCES = tuple(f"csrc/cuda/{name}.cuh" for name in ("prefill_sm90", "prefill_softmax", "prefill_schedule", "wgmma_sm90"))
+CUDA = Space("paged_prefill", "cuda_sm90", CudaConfig, default, candidates, bucket, sources=SOURCES)
+RAGGED = Space("mla_prefill", "cuda_sm90", CudaConfig, default, candidates, ragged_bucket, sources=SOURCES)

@@ -1,16 +1,20 @@
-// Paged prefill for sm_90a: ragged query tokens against paged keys and values, in one launch.
+// Prefill for sm_90a: ragged query tokens against paged keys and values (or ones that stand in a row), in one launch.
 //
 // Bound by the tensor cores. Two producer warps bring Q, K and V tiles by TMA, a box a page (the pages of a tile
 // stand under one another in shared memory); Consumers warpgroups own 64 rows each. The G query heads of a KV head
 // are packed into the rows, token by token. Inside a warpgroup the product Q K^T of the next block runs beside the
 // softmax of this one, and the warpgroups take turns at the tensor cores (FlashAttention-3, Shah et al. 2024).
-// A persistent grid takes work from a counter, each sequence's last and so longest tiles first.
+// A persistent grid takes work from a counter; the blocks of one item follow those of the one before without a
+// gap: the next item's first product is issued before this item's output is written.
 #pragma once
 #include "convert.cuh"
 #include "prefill_schedule.cuh"
+#include "prefill_softmax.cuh"
 #include "wgmma_sm90.cuh"
 
 namespace attnkit {
+
+constexpr int kItems = 3;
 
 // Shape of one build. D and DV are head sizes rounded up to 64s: TMA fills what lies beyond with zeros.
 template <int D_, int DV_, bool Bf16_, int Consumers_, int BN_, int Stages_>
@@ -21,7 +25,10 @@ struct PrefillShape {
   static constexpr int Threads = 128 * (Consumers + 1);
   static constexpr int QBytes = Rows * D * 2, KBytes = BN * D * 2, VBytes = BN * DV * 2;
   static constexpr int ConsumerRegisters = Consumers == 2 ? 240 : 160, ProducerRegisters = Consumers == 2 ? 24 : 32;
-  static constexpr int SharedBytes = 1024 + QBytes + Stages * (KBytes + VBytes) + kMostSequences * 4 + 256;
+  static constexpr int LineBytes = kMostSequences * 6 + 16, FixedBytes = 1024 + 640 + LineBytes;
+  static constexpr int TileBytes = QBytes + Stages * (KBytes + VBytes);
+  static constexpr int QStages = FixedBytes + TileBytes + QBytes <= 227 * 1024 ? 2 : 1;
+  static constexpr int SharedBytes = FixedBytes + TileBytes + (QStages - 1) * QBytes;
   static_assert(D % 64 == 0 && DV % 64 == 0 && BN % 64 == 0, "tiles are made of 64-column boxes");
 };
 
@@ -29,28 +36,36 @@ template <class Shape>
 struct PrefillShared {
   u32 q, k, v;  // shared-space addresses, 1024-byte aligned
   u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty;
-  int* tiles;   // [B]: tiles of each sequence
-  int* work;    // [2]: the counter's answers, -1 at the end
+  Tile* work;   // [kItems]
+  int* last;    // [Consumers]: did this warpgroup arrive last
+  int* line;    // WorkLine's
+  u16* whose;
 
   ATTNKIT_DEVICE explicit PrefillShared(char* raw) {
     const u32 base = (smem_address(raw) + 1023) & ~1023u;
     char* generic = raw + (base - smem_address(raw));
     q = base;
-    k = q + Shape::QBytes;
+    k = q + Shape::QStages * Shape::QBytes;
     v = k + Shape::Stages * Shape::KBytes;
     const u32 rest = v + Shape::Stages * Shape::VBytes;
-    u32 barrier = rest;
-    q_full = barrier, q_empty = barrier + 8, work_full = barrier + 16, work_empty = barrier + 32;
-    k_full = barrier + 48, k_empty = k_full + 8 * Shape::Stages;
+    q_full = rest, q_empty = rest + 16, work_full = rest + 32, work_empty = rest + 64;
+    k_full = rest + 96, k_empty = k_full + 8 * Shape::Stages;
     v_full = k_empty + 8 * Shape::Stages, v_empty = v_full + 8 * Shape::Stages;
-    work = reinterpret_cast<int*>(generic + (rest - base) + 240);
-    tiles = reinterpret_cast<int*>(generic + (rest - base) + 256);
+    static_assert(96 + 32 * Shape::Stages <= 384, "barriers");
+    generic += rest - base;
+    work = reinterpret_cast<Tile*>(generic + 384);
+    last = reinterpret_cast<int*>(generic + 384 + kItems * sizeof(Tile));
+    static_assert(kItems * sizeof(Tile) + 16 <= 256, "work");
+    line = reinterpret_cast<int*>(generic + 640);
+    whose = reinterpret_cast<u16*>(generic + 640 + kMostSequences * 4 + 16);
   }
 
   ATTNKIT_DEVICE void init_barriers() const {
     constexpr int warps = 4 * Shape::Consumers;
-    mbarrier_init(q_full, 1), mbarrier_init(q_empty, warps);
-    for (int i = 0; i < 2; ++i) mbarrier_init(work_full + 8 * i, 1), mbarrier_init(work_empty + 8 * i, warps + 1);
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(q_full + 8 * i, 1), mbarrier_init(q_empty + 8 * i, warps);
+    }
+    for (int i = 0; i < kItems; ++i) mbarrier_init(work_full + 8 * i, 1), mbarrier_init(work_empty + 8 * i, warps + 1);
     for (int i = 0; i < Shape::Stages; ++i) {
       mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, warps);
       mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, warps);
@@ -69,12 +84,50 @@ struct Ring {
   }
 };
 
+// Items as they go from the warp that finds them to those that work on them. They stay in shared memory while they
+// are worked on: registers are short everywhere.
+template <class Shape>
+struct Items {
+  const PrefillShared<Shape>& s;
+  Ring<kItems> now;
+
+  ATTNKIT_DEVICE Tile& operator*() const { return s.work[now.stage]; }
+  ATTNKIT_DEVICE void wait() const { mbarrier_wait(s.work_full + 8 * now.stage, now.parity); }
+  ATTNKIT_DEVICE void release() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(s.work_empty + 8 * now.stage);
+    now.next();
+  }
+
+  // The item after this one, waited for.
+  ATTNKIT_DEVICE const Tile& following() const {
+    Ring<kItems> next = now;
+    next.next();
+    mbarrier_wait(s.work_full + 8 * next.stage, next.parity);
+    return s.work[next.stage];
+  }
+
+  // The first producer warp's side.
+  template <class Line>
+  ATTNKIT_DEVICE bool find(const Line& line, int index) {
+    mbarrier_wait(s.work_empty + 8 * now.stage, now.parity ^ 1);
+    Tile t{};
+    const bool more = line.find(index, t);
+    if (threadIdx.x % 32 == 0) {
+      **this = t;
+      mbarrier_arrive(s.work_full + 8 * now.stage);
+    }
+    __syncwarp();
+    return more;
+  }
+};
+
 template <class Shape>
 struct PrefillProducer {
   const PrefillParams& p;
   const PrefillShared<Shape>& s;
   Ring<Shape::Stages> ring;
-  u32 q_parity = 0;
+  Ring<Shape::QStages> q_ring;
 
   // Rows of one box, boxes a tile: a page each, or one part of a page that is larger than a tile.
   ATTNKIT_DEVICE int box_rows() const { return min(1 << p.page_shift, Shape::BN); }
@@ -94,146 +147,66 @@ struct PrefillProducer {
   }
 
   ATTNKIT_DEVICE void load_q(const Tile& t) {
-    mbarrier_wait(s.q_empty, q_parity ^ 1);
-    q_parity ^= 1;
+    mbarrier_wait(s.q_empty + 8 * q_ring.stage, q_ring.parity ^ 1);
     if (threadIdx.x % 32 == 0) {
-      mbarrier_arrive_expect(s.q_full, p.tile_tokens * p.G * Shape::D * 2);
+      const u32 full = s.q_full + 8 * q_ring.stage, to = s.q + q_ring.stage * Shape::QBytes;
+      mbarrier_arrive_expect(full, p.tile_tokens * p.G * Shape::D * 2);
       for (int c = 0; c < Shape::D / 64; ++c) {
-        tma_load_3d(s.q + c * (Shape::Rows * 128), &p.q_map, s.q_full, c * 64, t.h * p.G, t.q0 + t.token0);
+        tma_load_3d(to + c * (Shape::Rows * 128), &p.q_map, full, c * 64, t.h * p.G, t.q0 + t.token0);
       }
     }
+    __syncwarp();
+    q_ring.next();
   }
 
-  // K and V have a warp each, so that neither waits for the other's room. Page ids are read one tile ahead.
-  template <bool Keys>
-  ATTNKIT_DEVICE void run(const Tile& t) {
+  // K and V have a warp each, so that neither waits for the other's room. Page ids are read one tile ahead, and the
+  // next item is asked for before the last block's room is waited for.
+  template <bool Keys, class Line>
+  ATTNKIT_DEVICE int run(const Tile& t, const Line& line) {
     if constexpr (Keys) load_q(t);
     constexpr int columns = Keys ? Shape::D : Shape::DV, bytes = Keys ? Shape::KBytes : Shape::VBytes;
     const u32 to = Keys ? s.k : s.v, full = Keys ? s.k_full : s.v_full, empty = Keys ? s.k_empty : s.v_empty;
     const void* map = Keys ? &p.k_map : &p.v_map;
     const int lane = threadIdx.x % 32, boxes = Shape::BN / box_rows();
-    const int* row = p.pages + t.b * p.pages_b;
-    const int used = (t.length + (1 << p.page_shift) - 1) >> p.page_shift;
+    const bool paged = p.pages != nullptr;
+    const int* row = p.pages + t.row0 * p.pages_b;
+    const int limit = min(t.length, (t.block_end - 1) * Shape::BN + (Keys ? t.width : t.value_width(Shape::BN)));
+    const int used = (limit + (1 << p.page_shift) - 1) >> p.page_shift;
     auto page_of = [&](int block) {
       const int first = (block * Shape::BN) >> p.page_shift;
-      return lane < boxes && first + lane < used && block >= t.block_begin ? row[first + lane] : 0;
+      return paged && lane < boxes && first + lane < used && block >= t.block_begin ? row[first + lane] : 0;
     };
-    int page = page_of(t.block_end - 1);
+    int asked = 0, page = page_of(t.block_end - 1);
     for (int block = t.block_end - 1; block >= t.block_begin; --block) {
       const int ahead = page_of(block - 1);
       const int valid = min(boxes, used - ((block * Shape::BN) >> p.page_shift));
+      const int slot = paged ? (block * Shape::BN) & ((1 << p.page_shift) - 1) : t.row0 + block * Shape::BN;
+      if (Keys && block == t.block_begin) asked = line.ask();
       mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-      load_tile(map, full + 8 * ring.stage, to + ring.stage * bytes, columns, t.h, page, valid,
-                (block * Shape::BN) & ((1 << p.page_shift) - 1));
+      load_tile(map, full + 8 * ring.stage, to + ring.stage * bytes, columns, t.h, page, valid, slot);
       ring.next();
       page = ahead;
     }
+    return asked;
   }
 };
 
 template <class Shape>
 struct PrefillConsumer {
-  static constexpr int BN = Shape::BN;
+  static constexpr int BN = Shape::BN, Scores = BN / 2;
+  static constexpr bool Halves = BN == 128;  // a tile's last block may be 64 keys wide
   const PrefillParams& p;
   const PrefillShared<Shape>& s;
   const int group, lane;
   Ring<Shape::Stages> k_ring, v_ring;
-  u32 q_parity = 0;
-  float scores[BN / 2], out[Shape::DV / 2];
+  Ring<Shape::QStages> q_ring;
+  Items<Shape> items;
+  Rows rows;
+  float scores[Scores], out[Shape::DV / 2];
   u32 probabilities[BN / 4];
-  float top[2], sum[2];      // running maximum (in units of the raw score) and this thread's part of the sum
-  int low[2], high[2];       // keys the thread's two rows see: [low, high)
 
   ATTNKIT_DEVICE void arrive(u32 barrier) const {
     if (lane % 32 == 0) mbarrier_arrive(barrier);
-  }
-
-  // Descriptors count addresses in 16 bytes: moving an operand is one addition.
-  ATTNKIT_DEVICE void multiply_qk() {
-    const u64 q = wgmma_descriptor(s.q + group * (64 * 128), 16, 1024);
-    const u64 k = wgmma_descriptor(s.k, 16, 1024) + k_ring.stage * (Shape::KBytes / 16);
-    wgmma_hold(scores);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < Shape::D / 16; ++i) {
-      wgmma_ss<Shape::Bf16>(scores, q + i / 4 * (Shape::Rows * 8) + i % 4 * 2, k + i / 4 * (BN * 8) + i % 4 * 2, i > 0);
-    }
-    wgmma_commit();
-  }
-
-  ATTNKIT_DEVICE void multiply_pv() {
-    const u64 v = wgmma_descriptor(s.v, BN * 128, 1024) + v_ring.stage * (Shape::VBytes / 16);
-    wgmma_hold(out);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < BN / 16; ++i) wgmma_rs_transposed<Shape::Bf16>(out, probabilities + 4 * i, v + i * 128, 1);
-    wgmma_commit();
-  }
-
-  // Slots at and beyond L may hold NaN, and zero times NaN is NaN: their value rows become zero.
-  ATTNKIT_DEVICE void clear_values_beyond(int length, int block) {
-    const int first = length - block * BN;
-    if (first >= BN) return;
-    const u32 v = s.v + v_ring.stage * Shape::VBytes;
-    constexpr int PerRow = Shape::DV / 8;
-    for (int i = group * 128 + lane; i < (BN - first) * PerRow; i += 128 * Shape::Consumers) {
-      const int r = first + i / PerRow, unit = i % PerRow;
-      store_shared_zeros(v + unit / 8 * (BN * 128) + r * 128 + unit % 8 * 16);
-    }
-    fence_async_shared();
-    named_barrier(5, 128 * Shape::Consumers);
-  }
-
-  ATTNKIT_DEVICE void mask(int block) {
-    const int column = block * BN + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < BN / 2; ++i) {
-      const int r = i / 2 % 2, key = column + i / 4 * 8 + i % 2;
-      if (key < low[r] || key >= high[r]) scores[i] = negative_infinity();
-    }
-  }
-
-  ATTNKIT_DEVICE void cap() {
-    const float inner = 2.0f * kLog2e * p.scale / p.softcap;
-    const float outer = p.softcap;
-#pragma unroll
-    for (int i = 0; i < BN / 2; ++i) scores[i] = outer - 2.0f * outer * reciprocal(1.0f + exp2_fast(scores[i] * inner));
-  }
-
-  // scores -> exp2(scores - maximum), in place; leaves in ``decay`` what earlier sums and outputs shrink by.
-  ATTNKIT_DEVICE void softmax(float factor, float (&decay)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float most = top[r];
-#pragma unroll
-      for (int i = 0; i < BN / 8; ++i) most = fmaxf(most, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      const float base = most == negative_infinity() ? 0.0f : most * factor;
-      decay[r] = exp2_fast(top[r] * factor - base);
-      top[r] = most;
-      float total = 0.0f;
-#pragma unroll
-      for (int i = 0; i < BN / 8; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = scores[4 * i + 2 * r + e];
-          x = exp2_fast(fmaf(x, factor, -base));
-          total += x;
-        }
-      }
-      sum[r] = sum[r] * decay[r] + total;
-    }
-  }
-
-  ATTNKIT_DEVICE void round_probabilities() {
-#pragma unroll
-    for (int i = 0; i < BN / 4; ++i) probabilities[i] = pack<Shape::Bf16>(scores[2 * i], scores[2 * i + 1]);
-  }
-
-  ATTNKIT_DEVICE void rescale(const float (&decay)[2]) {
-#pragma unroll
-    for (int i = 0; i < Shape::DV / 2; ++i) out[i] *= decay[i / 2 % 2];
   }
 
   // Named barriers 1 to Consumers pass the tensor cores from one warpgroup to the next.
@@ -244,132 +217,320 @@ struct PrefillConsumer {
     if constexpr (Shape::Consumers > 1) named_barrier_arrive(1 + (group + 1) % Shape::Consumers, 256);
   }
 
-  ATTNKIT_DEVICE bool needs_mask(const Tile& t, int block) const {
-    return (block + 1) * BN > t.full_high || block * BN < t.full_low;
+  // Descriptors count addresses in 16 bytes: moving an operand is one addition.
+  ATTNKIT_DEVICE void multiply_qk() {
+    const u64 q = wgmma_descriptor(s.q + group * (64 * 128), 16, 1024) + q_ring.stage * (Shape::QBytes / 16);
+    const u64 k = wgmma_descriptor(s.k, 16, 1024) + k_ring.stage * (Shape::KBytes / 16);
+    wgmma_hold(scores);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < Shape::D / 16; ++i) {
+      wgmma_ss<Shape::Bf16>(scores, q + i / 4 * (Shape::Rows * 8) + i % 4 * 2, k + i / 4 * (BN * 8) + i % 4 * 2, i > 0);
+    }
+    wgmma_commit();
   }
 
-  template <bool Capped>
-  ATTNKIT_DEVICE void attend(const Tile& t) {
-    const float factor = Capped ? kLog2e : p.scale * kLog2e;
-    float decay[2];
-    int block = t.block_end - 1;
-    mbarrier_wait(s.k_full + 8 * k_ring.stage, k_ring.parity);
-    multiply_qk();
-    wgmma_wait<0>();
-    wgmma_hold(scores);
+  // Keys: of a narrow block, the first 64. The sum starts anew where ``accumulate`` is 0, whatever ``out`` holds.
+  template <int Keys>
+  ATTNKIT_DEVICE void multiply_pv(int accumulate) {
+    const u64 v = wgmma_descriptor(s.v, BN * 128, 1024) + v_ring.stage * (Shape::VBytes / 16);
+    wgmma_hold(out);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < Keys / 16; ++i) {
+      wgmma_rs_transposed<Shape::Bf16>(out, probabilities + 4 * i, v + i * 128, i > 0 ? 1 : accumulate);
+    }
+    wgmma_commit();
+  }
+
+  // Slots at and beyond L may hold NaN, and zero times NaN is NaN: their value rows become zero.
+  ATTNKIT_DEVICE void clear_values_beyond(const Tile& t) {
+    const int first = t.length - (t.block_end - 1) * BN, width = t.value_width(BN);
+    if (first >= width) return;
+    const u32 v = s.v + v_ring.stage * Shape::VBytes;
+    constexpr int PerRow = Shape::DV / 8;
+    for (int i = group * 128 + lane; i < (width - first) * PerRow; i += 128 * Shape::Consumers) {
+      const int r = first + i / PerRow, unit = i % PerRow;
+      store_shared_zeros(v + unit / 8 * (BN * 128) + r * 128 + unit % 8 * 16);
+    }
+    fence_async_shared();
+    named_barrier(5, 128 * Shape::Consumers);
+  }
+
+  template <int N>
+  ATTNKIT_DEVICE void round_probabilities() {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) probabilities[i] = pack<Shape::Bf16>(scores[2 * i], scores[2 * i + 1]);
+  }
+
+  ATTNKIT_DEVICE void rescale(const float (&decay)[2]) {
+#pragma unroll
+    for (int i = 0; i < Shape::DV / 2; ++i) out[i] *= decay[i / 2 % 2];
+  }
+
+  ATTNKIT_DEVICE void release_k() {
     arrive(s.k_empty + 8 * k_ring.stage);
     k_ring.next();
-    if constexpr (Capped) cap();
-    if (needs_mask(t, block)) mask(block);
-    softmax(factor, decay);
-    round_probabilities();
-    mbarrier_wait(s.v_full + 8 * v_ring.stage, v_ring.parity);
-    clear_values_beyond(t.length, block);
-    for (--block; block >= t.block_begin; --block) {
-      mbarrier_wait(s.k_full + 8 * k_ring.stage, k_ring.parity);
-      take_turn();
-      multiply_qk();
-      mbarrier_wait(s.v_full + 8 * v_ring.stage, v_ring.parity);
-      multiply_pv();
-      give_turn();
-      wgmma_wait<1>();
-      wgmma_hold(scores);
-      arrive(s.k_empty + 8 * k_ring.stage);
-      k_ring.next();
-      if constexpr (Capped) cap();
-      if (needs_mask(t, block)) mask(block);
-      softmax(factor, decay);
-      wgmma_wait<0>();
-      wgmma_hold(out);
-      arrive(s.v_empty + 8 * v_ring.stage);
-      v_ring.next();
-      round_probabilities();
-      rescale(decay);
-    }
-    mbarrier_wait(s.v_full + 8 * v_ring.stage, v_ring.parity);
-    multiply_pv();
-    wgmma_wait<0>();
-    wgmma_hold(out);
+  }
+  ATTNKIT_DEVICE void release_v() {
     arrive(s.v_empty + 8 * v_ring.stage);
     v_ring.next();
   }
+  ATTNKIT_DEVICE void release_q() {
+    arrive(s.q_empty + 8 * q_ring.stage);
+    q_ring.next();
+  }
+  ATTNKIT_DEVICE void wait_k() const { mbarrier_wait(s.k_full + 8 * k_ring.stage, k_ring.parity); }
+  ATTNKIT_DEVICE void wait_v() const { mbarrier_wait(s.v_full + 8 * v_ring.stage, v_ring.parity); }
+  ATTNKIT_DEVICE void wait_q() const { mbarrier_wait(s.q_full + 8 * q_ring.stage, q_ring.parity); }
+
+  // What a loop over blocks asks again and again, out of shared memory.
+  struct Span {
+    int begin, full_low, full_high;
+  };
+
+  // One block's scores to weights; true where outputs have to shrink by decay.
+  template <bool Capped, bool First, int N>
+  ATTNKIT_DEVICE bool weigh(const Span& span, const Cap& cap, float factor, int block, float (&decay)[2]) {
+    if constexpr (Capped) cap.template apply<N>(scores);
+    if (block * BN + 2 * N > span.full_high) rows.template mask_high<N>(scores, block * BN);
+    if (block * BN < span.full_low) rows.template mask_low<N>(scores, block * BN);
+    if constexpr (Capped) {
+      if (cap.flat) {
+        rows.template weigh_flat<N, First>(scores);
+        return false;
+      }
+    }
+    const bool shrinks = rows.template lift<N, First>(scores, factor, decay);
+    rows.template weigh<N, First>(scores, factor, decay);
+    return shrinks;
+  }
+
+  // From the raw scores of the item's last block (K released) to its last weights; that block's P V is left to do.
+  template <bool Capped>
+  ATTNKIT_DEVICE void attend(const Tile& t, const Cap& cap) {
+    const float factor = Capped ? 1.f : p.scale * kLog2e;
+    const Span span{t.block_begin, t.full_low, t.full_high};
+    float decay[2];
+    int block = t.block_end - 1;
+    const bool narrow = Halves && t.width == 64;
+    if (block == span.begin) release_q();
+    if (narrow) {
+      weigh<Capped, true, Scores / 2>(span, cap, factor, block, decay);
+      round_probabilities<Scores / 2>();
+#pragma unroll
+      for (int i = BN / 8; i < BN / 4; ++i) probabilities[i] = 0;
+    } else {
+      weigh<Capped, true, Scores>(span, cap, factor, block, decay);
+      round_probabilities<Scores>();
+    }
+    wait_v();
+    clear_values_beyond(t);
+    if (--block < span.begin) return;
+    if (narrow) {
+      step<Capped, 64>(span, cap, factor, block, 0);
+    } else {
+      step<Capped, BN>(span, cap, factor, block, 0);
+    }
+    for (--block; block >= span.begin; --block) step<Capped, BN>(span, cap, factor, block, 1);
+  }
+
+  // Q K^T of ``block`` beside P V of the one after it.
+  template <bool Capped, int Keys>
+  ATTNKIT_DEVICE void step(const Span& span, const Cap& cap, float factor, int block, int accumulate) {
+    float decay[2];
+    wait_k();
+    take_turn();
+    multiply_qk();
+    wait_v();
+    multiply_pv<Keys>(accumulate);
+    give_turn();
+    wgmma_wait<1>();
+    wgmma_hold(scores);
+    release_k();
+    if (block == span.begin) release_q();
+    const bool shrinks = weigh<Capped, false, Scores>(span, cap, factor, block, decay);
+    wgmma_wait<0>();
+    wgmma_hold(out);
+    release_v();
+    round_probabilities<Scores>();
+    if (shrinks) rescale(decay);
+  }
 
   // The thread's two rows: which token and head each is, and which keys it sees.
-  ATTNKIT_DEVICE void run(const Tile& t) {
+  struct Place {
     int token[2], head[2];
+  };
+  ATTNKIT_DEVICE Place place_rows(const Tile& t) {
+    Place at;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = group * 64 + lane / 32 * 16 + lane % 32 / 4 + 8 * r;
-      const int in_tile = row / p.G;
-      token[r] = t.token0 + in_tile;
-      head[r] = t.h * p.G + row - in_tile * p.G;
-      const bool real = in_tile < p.tile_tokens && token[r] < t.tokens;
-      const int at = t.length - t.tokens + token[r];
-      high[r] = !real || at < 0 ? 0 : p.causal ? at + 1 : p.window ? min(t.length, at + p.window) : t.length;
-      low[r] = p.window ? at - p.window + 1 : 0;
-      if (!real) token[r] = -1;
-      top[r] = negative_infinity();
-      sum[r] = 0.0f;
+      const int in_tile = row * p.g_magic >> 20;
+      at.token[r] = t.token0 + in_tile;
+      at.head[r] = t.h * p.G + row - in_tile * p.G;
+      const bool real = in_tile < p.tile_tokens && at.token[r] < t.tokens;
+      const int key = t.length - t.tokens + at.token[r];
+      rows.high[r] = !real || key < 0 ? 0 : p.causal ? key + 1 : p.window ? min(t.length, key + p.window) : t.length;
+      rows.low[r] = p.window ? key - p.window + 1 : 0;
+      if (!real) at.token[r] = -1;
     }
-#pragma unroll
-    for (int i = 0; i < Shape::DV / 2; ++i) out[i] = 0.0f;
-    mbarrier_wait(s.q_full, q_parity);
-    q_parity ^= 1;
-    if (t.block_end > t.block_begin) {
-      if (p.softcap > 0.0f) {
-        attend<true>(t);
-      } else {
-        attend<false>(t);
-      }
-    }
-    arrive(s.q_empty);
-    finish(t, token, head);
+    return at;
   }
 
-  ATTNKIT_DEVICE void finish(const Tile& t, const int (&token)[2], const int (&head)[2]) {
-    const float unit = p.softcap > 0.0f ? 1.0f : p.scale;  // what a raw score is times to be a logit
+  template <bool Capped>
+  ATTNKIT_DEVICE void run() {
+    const Cap cap(p.scale, p.softcap, Shape::Bf16);
+    items.wait();
+    while ((*items).more) {
+      Place at = place_rows(*items);
+      if ((*items).blocks() > 0) {
+        wait_q();
+        wait_k();
+        multiply_qk();
+        wgmma_wait<0>();
+        wgmma_hold(scores);
+        release_k();
+        while (true) {
+          attend<Capped>(*items, cap);
+          const Tile& next = items.following();
+          if ((*items).pieces > 1 || next.blocks() <= 0) break;
+          wait_v();
+          take_turn();
+          multiply_pv<BN>((*items).blocks() > 1);
+          wait_q();
+          wait_k();
+          multiply_qk();
+          give_turn();
+          wgmma_wait<1>();
+          wgmma_hold(out);
+          release_v();
+          finish(*items, at);
+          items.release();
+          at = place_rows(*items);
+          wgmma_wait<0>();
+          wgmma_hold(scores);
+          release_k();
+        }
+        wait_v();
+        multiply_pv<BN>((*items).blocks() > 1);
+        wgmma_wait<0>();
+        wgmma_hold(out);
+        release_v();
+      } else {
+        rows.clear();
+#pragma unroll
+        for (int i = 0; i < Shape::DV / 2; ++i) out[i] = 0.f;
+      }
+      if ((*items).pieces == 1 || meet(*items)) finish(*items, at);
+      items.release();
+      items.wait();
+    }
+  }
+
+  // Where the pieces of a tile meet. Each thread leaves its part of the outputs, maxima and sums in the workspace and
+  // the warpgroup that comes last adds the parts of all up, in the order of the pieces; true there.
+  ATTNKIT_DEVICE bool meet(const Tile& t) {
+    constexpr int Units = Shape::DV / 8;
+    float4* values = reinterpret_cast<float4*>(p.partial);
+    float4* weights = values + static_cast<i64>(p.slots) * (Shape::Consumers * 128 * Units);
+    auto mine = [&](int piece) { return static_cast<i64>(t.slot0 + piece) * Shape::Consumers + group; };
+    float4* to = values + mine(t.piece) * (128 * Units) + lane;
+#pragma unroll
+    for (int i = 0; i < Units; ++i) to[i * 128] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    weights[mine(t.piece) * 128 + lane] = make_float4(rows.top[0], rows.top[1], rows.sum[0], rows.sum[1]);
+    int* counter = p.counters + 2 + mine(0);
+    named_barrier(6 + group, 128);
+    if (lane == 0) {
+      const bool last = count_arrival(counter) == t.pieces - 1;
+      if (last) *counter = 0;
+      s.last[group] = last;
+    }
+    named_barrier(6 + group, 128);
+    if (s.last[group] == 0) return false;
+    const float factor = p.softcap > 0.f ? 1.f : p.scale * kLog2e;
+    rows.clear();
+    for (int i = 0; i < t.pieces; ++i) {
+      const float4 w = load_l2(weights + mine(i) * 128 + lane);
+      rows.top[0] = fmaxf(rows.top[0], w.x);
+      rows.top[1] = fmaxf(rows.top[1], w.y);
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::DV / 2; ++i) out[i] = 0.f;
+    constexpr int Batch = Units < 16 ? Units : 16, Together = Shape::DV == 256 ? 1 : 2;  // pieces whose values are on their way at once
+#pragma unroll 1
+    for (int piece0 = 0; piece0 < t.pieces; piece0 += Together) {
+      float by[Together][2];
+#pragma unroll
+      for (int n = 0; n < Together; ++n) {
+        float4 w = make_float4(negative_infinity(), negative_infinity(), 0.f, 0.f);
+        if (piece0 + n < t.pieces) w = load_l2(weights + mine(piece0 + n) * 128 + lane);
+        by[n][0] = w.x == negative_infinity() ? 0.f : exp2_fast((w.x - rows.top[0]) * factor);
+        by[n][1] = w.y == negative_infinity() ? 0.f : exp2_fast((w.y - rows.top[1]) * factor);
+        rows.sum[0] = fmaf(w.z, by[n][0], rows.sum[0]);
+        rows.sum[1] = fmaf(w.w, by[n][1], rows.sum[1]);
+      }
+#pragma unroll
+      for (int first = 0; first < Units; first += Batch) {
+        float4 got[Together][Batch];
+#pragma unroll
+        for (int n = 0; n < Together; ++n) {
+          const float4* from = values + mine(min(piece0 + n, t.pieces - 1)) * (128 * Units) + lane;
+#pragma unroll
+          for (int i = 0; i < Batch; ++i) got[n][i] = load_l2(from + (first + i) * 128);
+        }
+#pragma unroll
+        for (int n = 0; n < Together; ++n) {
+#pragma unroll
+          for (int i = 0; i < Batch; ++i) {
+            float* to = out + 4 * (first + i);
+            to[0] = fmaf(got[n][i].x, by[n][0], to[0]);
+            to[1] = fmaf(got[n][i].y, by[n][0], to[1]);
+            to[2] = fmaf(got[n][i].z, by[n][1], to[2]);
+            to[3] = fmaf(got[n][i].w, by[n][1], to[3]);
+          }
+        }
+      }
+    }
+    return true;
+  }
+
+  ATTNKIT_DEVICE void finish(const Tile& t, const Place& at) {
+    const float unit = p.softcap > 0.0f ? kLn2 : p.scale;  // what a score is times to be a logit
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float total = sum[r];
+      float total = rows.sum[r];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
-      float logit = top[r] * unit;
-      if (p.sinks != nullptr && token[r] >= 0) {
-        const float sink = load_sink(p, head[r]);
+      float logit = rows.top[r] * unit;
+      float weight = total > 0.0f ? 1.0f / total : total == 0.0f ? 0.0f : total;
+      if (p.sinks != nullptr && at.token[r] >= 0) {
+        const float sink = load_sink(p, at.head[r]);
         const float most = fmaxf(logit, sink), base = most == negative_infinity() ? 0.0f : most;
-        const float shrink = exp2_fast((logit - base) * kLog2e);
-        total = total * (logit == negative_infinity() ? 0.0f : shrink) + exp2_fast((sink - base) * kLog2e);
-        const float weight = (total > 0.0f ? 1.0f / total : 0.0f) * (logit == negative_infinity() ? 0.0f : shrink);
-        scale_row(r, weight * p.out_scale);
+        const float shrink = logit == negative_infinity() ? 0.0f : exp2_fast((logit - base) * kLog2e);
+        total = total * shrink + exp2_fast((sink - base) * kLog2e);
+        weight = (total > 0.0f ? 1.0f / total : total == 0.0f ? 0.0f : total) * shrink;
         logit = most;
-      } else {
-        scale_row(r, (total > 0.0f ? 1.0f / total : total == 0.0f ? 0.0f : total) * p.out_scale);
       }
-      if (p.lse != nullptr && lane % 4 == 0 && token[r] >= 0) {
-        p.lse[static_cast<i64>(t.q0 + token[r]) * (p.Hkv * p.G) + head[r]] =
+      if (p.lse != nullptr && lane % 4 == 0 && at.token[r] >= 0) {
+        p.lse[static_cast<i64>(t.q0 + at.token[r]) * (p.Hkv * p.G) + at.head[r]] =
             total > 0.0f ? logit + log2_fast(total) * kLn2 : total == 0.0f ? negative_infinity() : total;
       }
-      store_row(t, r, token[r], head[r]);
-    }
-  }
-
-  ATTNKIT_DEVICE void scale_row(int r, float weight) {
-#pragma unroll
-    for (int i = 0; i < Shape::DV / 8; ++i) {
-      out[4 * i + 2 * r] *= weight;
-      out[4 * i + 2 * r + 1] *= weight;
+      store_row(t, r, at.token[r], at.head[r], weight * p.out_scale);
     }
   }
 
   // Four threads hold a row's columns two by two; they trade so that each stores 16 bytes in one piece.
-  ATTNKIT_DEVICE void store_row(const Tile& t, int r, int token, int head) const {
+  ATTNKIT_DEVICE void store_row(const Tile& t, int r, int token, int head, float weight) const {
     const int me = lane % 4;
     char* row = p.out + static_cast<i64>(t.q0 + token) * p.out_t + head * p.out_h;
 #pragma unroll
     for (int i = 0; i < Shape::DV / 32; ++i) {
       u32 own[4], got[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) own[j] = pack<Shape::Bf16>(out[16 * i + 4 * j + 2 * r], out[16 * i + 4 * j + 2 * r + 1]);
+      for (int j = 0; j < 4; ++j) {
+        own[j] = pack<Shape::Bf16>(out[16 * i + 4 * j + 2 * r] * weight, out[16 * i + 4 * j + 2 * r + 1] * weight);
+      }
       auto pick = [&](int j) { return j & 2 ? (j & 1 ? own[3] : own[2]) : (j & 1 ? own[1] : own[0]); };
       u32 received[4];
 #pragma unroll
@@ -397,60 +558,42 @@ ATTNKIT_DEVICE void clear_padding(const PrefillParams& p) {
   }
 }
 
-// The first producer warp looks up a tile and tells the other warps its index, -1 at the end.
-template <class Shape>
-ATTNKIT_DEVICE bool hand_out(const PrefillShared<Shape>& s, const WorkLine& line, Ring<2>& slot, int index, Tile& t) {
-  const bool more = line.find(index, Shape::BN, t);
-  mbarrier_wait(s.work_empty + 8 * slot.stage, slot.parity ^ 1);
-  if (threadIdx.x % 32 == 0) {
-    s.work[slot.stage] = more ? index : -1;
-    mbarrier_arrive(s.work_full + 8 * slot.stage);
-  }
-  slot.next();
-  return more;
-}
-
-template <class Shape>
-ATTNKIT_DEVICE bool next_work(const PrefillShared<Shape>& s, const WorkLine& line, Ring<2>& slot, Tile& t) {
-  mbarrier_wait(s.work_full + 8 * slot.stage, slot.parity);
-  const int index = *reinterpret_cast<volatile int*>(s.work + slot.stage);
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(s.work_empty + 8 * slot.stage);
-  slot.next();
-  return index >= 0 && line.find(index, Shape::BN, t);
-}
-
 template <class Shape>
 ATTNKIT_DEVICE void prefill(const PrefillParams& p) {
   extern __shared__ char raw[];
   const PrefillShared<Shape> s(raw);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) s.init_barriers();
-  for (int b = threadIdx.x; b < p.B; b += blockDim.x) s.tiles[b] = tiles_of(p, b);
+  wait_for_previous_grid();  // everything that is read may be its work, and the counters are
   if (p.cu_q[p.B] < p.T) clear_padding(p);
-  __syncthreads();
-  WorkLine line(p, s.tiles);
-  Ring<2> slot;
+  const WorkLine<Shape::BN> line(p, s.line, s.whose);
+  line.arrange();
   if (warp >= 4 * Shape::Consumers) {
     registers_lower<Shape::ProducerRegisters>();
     PrefillProducer<Shape> producer{p, s};
-    Tile t;
+    Items<Shape> items{s};
     if (warp == 4 * Shape::Consumers) {
       int index = blockIdx.x;
-      while (hand_out(s, line, slot, index, t)) {
-        producer.template run<true>(t);
-        index = line.take();
+      while (items.find(line, index)) {
+        const Tile& t = *items;
+        index = line.answer(t.blocks() > 0 ? producer.template run<true>(t, line) : line.ask());
+        items.now.next();
       }
       line.leave();
     } else if (warp == 4 * Shape::Consumers + 1) {
-      while (next_work(s, line, slot, t)) producer.template run<false>(t);
+      for (items.wait(); (*items).more; items.release(), items.wait()) {
+        if ((*items).blocks() > 0) producer.template run<false>(*items, line);
+      }
     }
   } else {
     registers_raise<Shape::ConsumerRegisters>();
-    PrefillConsumer<Shape> consumer{p, s, warp / 4, static_cast<int>(threadIdx.x % 128)};
+    PrefillConsumer<Shape> consumer{p, s, warp / 4, static_cast<int>(threadIdx.x % 128), {}, {}, {}, {s}};
     if (Shape::Consumers > 1 && consumer.group == Shape::Consumers - 1) consumer.give_turn();
-    Tile t;
-    while (next_work(s, line, slot, t)) consumer.run(t);
+    if (p.softcap > 0.0f) {
+      consumer.template run<true>();
+    } else {
+      consumer.template run<false>();
+    }
   }
 }
 

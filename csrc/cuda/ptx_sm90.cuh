@@ -85,6 +85,17 @@ ATTNKIT_DEVICE bool mbarrier_try_wait(u32 barrier, u32 parity) {
   return done != 0;
 }
 
+// As above, but never suspends the thread.
+ATTNKIT_DEVICE bool mbarrier_test(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done != 0;
+}
+
 ATTNKIT_DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }
@@ -94,10 +105,49 @@ ATTNKIT_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Meets the cluster without publishing writes (cluster_sync's release drains them, all the way to memory).
+ATTNKIT_DEVICE void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// 16 bytes to a CTA of the cluster, counted by a barrier there.
+ATTNKIT_DEVICE void store_async_16(u32 cluster_to, u32 cluster_barrier, u32 x, u32 y, u32 z, u32 w) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(cluster_to),
+               "r"(cluster_barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+
+// Waits for what CTAs of the cluster have stored, too.
+ATTNKIT_DEVICE void mbarrier_wait_cluster(u32 barrier, u32 parity) {
+  u32 done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  } while (!done);
+}
+
 ATTNKIT_DEVICE u32 cluster_rank() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+
+// The address that another CTA of the cluster has where this one has ``address``.
+ATTNKIT_DEVICE u32 cluster_address(u32 address, u32 cta) {
+  u32 remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(cta));
+  return remote;
+}
+
+ATTNKIT_DEVICE void mbarrier_arrive_cluster(u32 cluster_barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_barrier) : "memory");
+}
+
+ATTNKIT_DEVICE void store_cluster_16(u32 cluster_to, u32 x, u32 y, u32 z, u32 w) {
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
 // Ordinary writes to shared memory become visible to wgmma and TMA.
@@ -131,6 +181,12 @@ ATTNKIT_DEVICE float4 load_l2(const float4* p) {
 ATTNKIT_DEVICE float2 load_l2(const float2* p) {
   float2 v;
   asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  return v;
+}
+
+ATTNKIT_DEVICE int load_l2(const int* p) {
+  int v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 
@@ -192,6 +248,16 @@ ATTNKIT_DEVICE void tma_load_4d(u32 to, const void* map, u32 barrier, int x, int
       : "memory");
 }
 
+// A run of bytes (a multiple of 16) from global to shared memory.
+ATTNKIT_DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+               "r"(barrier)
+               : "memory");
+}
+
+// Orders ordinary accesses to any memory with those of the async proxy (TMA, wgmma).
+ATTNKIT_DEVICE void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // For what is read once: a policy that gives its lines up first, so that a stream leaves the rest of L2 alone.
 ATTNKIT_DEVICE u64 evict_first_policy() {
   u64 policy;
@@ -207,11 +273,54 @@ ATTNKIT_DEVICE void tma_load_4d(u32 to, const void* map, u32 barrier, int x, int
       : "memory");
 }
 
+// Brings a box into L2 only.
+ATTNKIT_DEVICE void tma_prefetch_3d(const void* map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
 ATTNKIT_DEVICE void tma_load_2d_multicast(u32 to, const void* map, u32 barrier, int x, int y, u16 ctas) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(to),
       "l"(map), "r"(barrier), "h"(ctas), "r"(x), "r"(y)
+      : "memory");
+}
+
+ATTNKIT_DEVICE void tma_load_3d(u32 to, const void* map, u32 barrier, int x, int y, int z, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
+}
+
+ATTNKIT_DEVICE void tma_load_3d_multicast(u32 to, const void* map, u32 barrier, int x, int y, int z, u16 ctas, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%4, %5, %6}], [%2], %3, %7;" ::"r"(to),
+      "l"(map), "r"(barrier), "h"(ctas), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
+}
+
+ATTNKIT_DEVICE u64 evict_normal_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+ATTNKIT_DEVICE void tma_load_2d(u32 to, const void* map, u32 barrier, int x, int y, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
+          to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "l"(policy)
+      : "memory");
+}
+
+ATTNKIT_DEVICE void tma_load_2d_multicast(u32 to, const void* map, u32 barrier, int x, int y, u16 ctas, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%4, %5}], [%2], %3, %6;" ::"r"(to),
+      "l"(map), "r"(barrier), "h"(ctas), "r"(x), "r"(y), "l"(policy)
       : "memory");
 }
 
@@ -237,6 +346,20 @@ ATTNKIT_DEVICE void load_matrix_x4(u32 (&r)[4], u32 from) {
 ATTNKIT_DEVICE void load_matrix_x4_transposed(u32 (&r)[4], u32 from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
+
+// Four 8x8 matrices from fragments to shared memory; lane l says where row l % 8 of matrix l / 8 goes.
+ATTNKIT_DEVICE void store_matrix_x4(u32 to, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// 8x8 matrices from fragments to shared memory, transposed: a fragment's columns become rows of 16 bytes.
+ATTNKIT_DEVICE void store_matrix_x2_transposed(u32 to, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
+
+ATTNKIT_DEVICE void store_matrix_x4_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 ATTNKIT_DEVICE u32 transpose_8x8(u32 x) {

@@ -162,4 +162,147 @@ ATTNKIT_DEVICE void wgmma_rs_transposed(float (&d)[128], const u32* a, u64 b, in
 }
 #undef ATTNKIT_RS_256
 
+// Few columns (n = 8, 16, 32): ss with either operand order of a. Transposed: a's rows (the output's) are contiguous in memory.
+
+#define ATTNKIT_SS_8(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPES " {" \
+  "%0, %1, %2, %3" \
+  "}, %4, %5, p, 1, 1, %7, 0;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+  : "l"(a), "l"(b), "r"(accumulate), "n"(Transposed))
+template <bool Bf16, int Transposed>
+ATTNKIT_DEVICE void wgmma_ss_narrow(float (&d)[4], u64 a, u64 b, int accumulate) {
+  if constexpr (Bf16) {
+    ATTNKIT_SS_8("bf16.bf16");
+  } else {
+    ATTNKIT_SS_8("f16.f16");
+  }
+}
+#undef ATTNKIT_SS_8
+
+#define ATTNKIT_SS_16(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPES " {" \
+  "%0, %1, %2, %3, %4, %5, %6, %7" \
+  "}, %8, %9, p, 1, 1, %11, 0;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
+  : "l"(a), "l"(b), "r"(accumulate), "n"(Transposed))
+template <bool Bf16, int Transposed>
+ATTNKIT_DEVICE void wgmma_ss_narrow(float (&d)[8], u64 a, u64 b, int accumulate) {
+  if constexpr (Bf16) {
+    ATTNKIT_SS_16("bf16.bf16");
+  } else {
+    ATTNKIT_SS_16("f16.f16");
+  }
+}
+#undef ATTNKIT_SS_16
+
+#define ATTNKIT_SS_32(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPES " {" \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  "}, %16, %17, p, 1, 1, %19, 0;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+    "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+  : "l"(a), "l"(b), "r"(accumulate), "n"(Transposed))
+template <bool Bf16, int Transposed>
+ATTNKIT_DEVICE void wgmma_ss_narrow(float (&d)[16], u64 a, u64 b, int accumulate) {
+  if constexpr (Bf16) {
+    ATTNKIT_SS_32("bf16.bf16");
+  } else {
+    ATTNKIT_SS_32("f16.f16");
+  }
+}
+#undef ATTNKIT_SS_32
+
+// The same with a in registers and b K-major: 16-bit (k = 16), and e4m3 (k = 32).
+
+#define ATTNKIT_RS_8(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPES " {" \
+  "%0, %1, %2, %3" \
+  "}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+template <bool Bf16>
+ATTNKIT_DEVICE void wgmma_rs_narrow(float (&d)[4], const u32* a, u64 b, int accumulate) {
+  if constexpr (Bf16) {
+    ATTNKIT_RS_8("bf16.bf16");
+  } else {
+    ATTNKIT_RS_8("f16.f16");
+  }
+}
+#undef ATTNKIT_RS_8
+
+#define ATTNKIT_RS_16(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPES " {" \
+  "%0, %1, %2, %3, %4, %5, %6, %7" \
+  "}, {%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
+  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+template <bool Bf16>
+ATTNKIT_DEVICE void wgmma_rs_narrow(float (&d)[8], const u32* a, u64 b, int accumulate) {
+  if constexpr (Bf16) {
+    ATTNKIT_RS_16("bf16.bf16");
+  } else {
+    ATTNKIT_RS_16("f16.f16");
+  }
+}
+#undef ATTNKIT_RS_16
+
+#define ATTNKIT_RS_32(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPES " {" \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+    "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+template <bool Bf16>
+ATTNKIT_DEVICE void wgmma_rs_narrow(float (&d)[16], const u32* a, u64 b, int accumulate) {
+  if constexpr (Bf16) {
+    ATTNKIT_RS_32("bf16.bf16");
+  } else {
+    ATTNKIT_RS_32("f16.f16");
+  }
+}
+#undef ATTNKIT_RS_32
+
+#define ATTNKIT_RS8_16(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n16k32.f32." TYPES " {" \
+  "%0, %1, %2, %3, %4, %5, %6, %7" \
+  "}, {%8, %9, %10, %11}, %12, p, 1, 1;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
+  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+ATTNKIT_DEVICE void wgmma_rs_e4m3(float (&d)[8], const u32* a, u64 b, int accumulate) { ATTNKIT_RS8_16("e4m3.e4m3"); }
+#undef ATTNKIT_RS8_16
+
+#define ATTNKIT_RS8_32(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n32k32.f32." TYPES " {" \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  "}, {%16, %17, %18, %19}, %20, p, 1, 1;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+    "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+ATTNKIT_DEVICE void wgmma_rs_e4m3(float (&d)[16], const u32* a, u64 b, int accumulate) { ATTNKIT_RS8_32("e4m3.e4m3"); }
+#undef ATTNKIT_RS8_32
+
+#define ATTNKIT_RS8_64(TYPES) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n64k32.f32." TYPES " {" \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31" \
+  "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}" \
+  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+    "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), \
+    "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
+    "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) \
+  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+ATTNKIT_DEVICE void wgmma_rs_e4m3(float (&d)[32], const u32* a, u64 b, int accumulate) { ATTNKIT_RS8_64("e4m3.e4m3"); }
+#undef ATTNKIT_RS8_64
+
 }  // namespace attnkit

@@ -1,7 +1,11 @@
-"""paged_prefill through csrc/cuda/prefill_sm90.cu: fills the parameter struct, picks the build, launches."""
+"""paged_prefill through csrc/cuda/prefill_sm90.cu: fills the parameter struct, picks the build, launches.
+
+mla_prefill.py beside this describes keys without pages to the same kernel.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,93 +15,157 @@ from attnkit.backends.cuda import images, launch
 from attnkit.backends.cuda.builds import prefill as builds
 from attnkit.configs import prefill_cuda
 from attnkit.dispatch import Kernel, Plan
-from attnkit.signature import AttentionSig
+from attnkit.signature import AttentionSig, RaggedSig
 
 NAME = "attnkit_paged_prefill"
 MOST_SEQUENCES = 1024
-POINTERS = ("q", "k", "v", "pages", "lens", "cu_q", "sinks", "out", "lse", "counters")
+POINTERS = ("q", "k", "v", "pages", "lens", "cu_q", "cu_k", "sinks", "out", "lse", "partial", "counters")
 #: struct PrefillParams of csrc/cuda/prefill_schedule.cuh
 PARAMS = launch.Fields(
     maps=("q_map", "k_map", "v_map"),
     words=(*POINTERS, "pages_b", "out_t", "out_h"),
-    ints=("B", "T", "Hkv", "G", "Dv", "tile_tokens", "page_shift", "capacity", "window", "causal", "sink_type"),
+    ints=(
+        "B", "T", "Hkv", "G", "Dv", "tile_tokens", "g_magic", "page_shift", "capacity", "window", "causal", "sink_type",
+        "key_bytes", "slots",
+    ),
     floats=("scale", "out_scale", "softcap"),
-)
+)  # fmt: skip
 SINK_TYPES = {None: 0, torch.bfloat16: 0, torch.float16: 1, torch.float32: 4}
 BUILDS = ((64, 64), (128, 128), (192, 128), (256, 256))
 DTYPES = (torch.bfloat16, torch.float16)
+#: Without pages: so large that a sequence is a part of one.
+NO_PAGES = 30
+#: Where a CTA gets more tiles than this, cutting tiles gains nothing. A workspace has room for so many pieces a CTA.
+MOST_TILES, PIECES = 16, 3
 
 
-def _supports(sig: AttentionSig) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Keys and values as the kernel reads them: rows of ``sizes`` (slots of a page, pages), strides page, slot, head."""
+
+    sizes: tuple[int, int]
+    k_stride: tuple[int, int, int]
+    v_stride: tuple[int, int, int]
+    page_shift: int
+    capacity: int
+    pages_stride: int
+
+
+def unsupported(sig: AttentionSig | RaggedSig, dtype: torch.dtype, G: int) -> str | None:
+    """Why the kernel does not serve this, whatever the keys stand in; None where it does."""
     if sig.device.type != "cuda" or arch.of(sig.device).sm != 90:
         return f"needs an sm_90 device, got {sig.device}"
-    if sig.q_dtype not in DTYPES or sig.kv_dtype != sig.q_dtype:
-        return f"needs bf16 or fp16 for q and kv alike, got {sig.q_dtype} and {sig.kv_dtype}"
+    if dtype not in DTYPES:
+        return f"needs bf16 or fp16, got {dtype}"
     if max(sig.D, sig.Dv) > 256 or _padded(sig) not in BUILDS:
         return f"has no build for D = {sig.D} with Dv = {sig.Dv}"
-    if sig.S < 8:
-        return f"needs pages of at least 8 tokens, got {sig.S}"
     if not sig.aligned:
         return "needs 16-byte aligned tensors and strides"
-    if sig.G > 64:
-        return f"packs at most 64 heads a KV head, got {sig.G}"
+    if G > 64:
+        return f"packs at most 64 heads a KV head, got {G}"
     if sig.B > MOST_SEQUENCES:
         return f"keeps at most {MOST_SEQUENCES} sequences, got {sig.B}"
     if sig.scale <= 0:
         return f"needs a positive scale, got {sig.scale}"
-    return launch.unavailable() or launch.missing(_variant(sig, prefill_cuda.default(sig, arch.of(sig.device))))
+    variant = _variant(sig, dtype, prefill_cuda.default(sig, arch.of(sig.device)))
+    return launch.unavailable() or launch.missing(variant)
 
 
-def _padded(sig: AttentionSig) -> tuple[int, int]:
+def _supports(sig: AttentionSig) -> str | None:
+    if sig.kv_dtype != sig.q_dtype:
+        return f"needs q and kv alike, got {sig.q_dtype} and {sig.kv_dtype}"
+    if sig.S < 8:
+        return f"needs pages of at least 8 tokens, got {sig.S}"
+    return unsupported(sig, sig.q_dtype, sig.G)
+
+
+def _padded(sig: AttentionSig | RaggedSig) -> tuple[int, int]:
     return prefill_cuda.padded(sig.D), prefill_cuda.padded(sig.Dv)
 
 
-def _variant(sig: AttentionSig, config: prefill_cuda.CudaConfig) -> images.Variant:
+def _variant(sig: AttentionSig | RaggedSig, dtype: torch.dtype, config: prefill_cuda.CudaConfig) -> images.Variant:
     D, Dv = _padded(sig)
-    return builds.build(D, Dv, sig.q_dtype == torch.bfloat16, config.consumers, config.block, config.stages)
+    return builds.build(D, Dv, dtype == torch.bfloat16, config.consumers, config.block, config.stages)
 
 
 def _map(sizes: list[int], strides: list[int], box: list[int]) -> Any:
-    """A map of 16-bit elements in swizzled columns of 64; strides in elements."""
+    """A map of 16-bit elements in swizzled columns of 64; strides in elements. Of one element, any stride will do."""
+    bytes_of = [2 * s if size > 1 else 16 for size, s in zip(sizes[1:], strides, strict=True)]
     return launch.compiled().CudaMapSpec(
-        launch.MAP_TYPE[2], sizes, [2 * s for s in strides], box, launch.MAP_SWIZZLE[128], launch.MAP_PROMOTE_128
+        launch.MAP_TYPE[2], sizes, bytes_of, box, launch.MAP_SWIZZLE[128], launch.MAP_PROMOTE_128
     )
 
 
-def _prepare(plan: Plan) -> Any:
-    sig, config = plan.sig, plan.config
-    tokens = 64 * config.consumers // sig.G
-    rows = min(sig.S, config.block)
+def slots(T: int, tile_tokens: int, Hkv: int, sms: int, capacity: int, invariant: bool) -> int:
+    """Pieces of cut tiles that the workspace gets room for. The choice goes by shapes, what is cut by the lengths."""
+    few = -(-T // tile_tokens) * Hkv <= MOST_TILES * sms
+    return PIECES * sms if few and not invariant and capacity > 2048 else 0
+
+
+def prepare(plan: Plan, dtype: torch.dtype, Hq: int, Hkv: int, keys: Keys) -> None:
+    """Leaves the launch, and how much scratch it wants, in plan.state."""
+    sig, config, state = plan.sig, plan.config, plan.state
+    G, sms = Hq // Hkv, arch.of(sig.device).sms
+    tokens = 64 * config.consumers // G
+    (S, P), rows = keys.sizes, min(1 << keys.page_shift, config.block)
     maps = [
-        ("q", _map([sig.D, sig.Hq, max(sig.T, 1)], [sig.q_stride[1], sig.q_stride[0]], [64, sig.G, tokens])),
+        ("q", _map([sig.D, Hq, max(sig.T, 1)], [sig.q_stride[1], sig.q_stride[0]], [64, G, tokens])),
         *(
-            (name, _map([head, sig.Hkv, sig.S, sig.P], [stride[2], stride[1], stride[0]], [64, 1, rows, 1]))
-            for name, head, stride in (("k", sig.D, sig.k_stride), ("v", sig.Dv, sig.v_stride))
+            (name, _map([head, Hkv, S, P], [stride[2], stride[1], stride[0]], [64, 1, rows, 1]))
+            for name, head, stride in (("k", sig.D, keys.k_stride), ("v", sig.Dv, keys.v_stride))
         ),
     ]
+    room = slots(sig.T, tokens, Hkv, sms, keys.capacity, sig.batch_invariant)
     values = {
-        "pages_b": sig.pages_stride, "out_t": sig.out_stride[0] * 2, "out_h": sig.out_stride[1] * 2, "B": sig.B, "T": sig.T,
-        "Hkv": sig.Hkv, "G": sig.G, "Dv": sig.Dv, "tile_tokens": tokens, "page_shift": sig.S.bit_length() - 1,
-        "capacity": sig.W * sig.S, "window": sig.window, "causal": int(sig.causal), "sink_type": SINK_TYPES[sig.sinks],
-        "scale": sig.scale, "out_scale": sig.out_scale, "softcap": sig.softcap,
+        "pages_b": keys.pages_stride, "out_t": sig.out_stride[0] * 2, "out_h": sig.out_stride[1] * 2, "B": sig.B, "T": sig.T,
+        "Hkv": Hkv, "G": G, "Dv": sig.Dv, "tile_tokens": tokens, "g_magic": -(-(1 << 20) // G), "page_shift": keys.page_shift,
+        "capacity": keys.capacity, "window": sig.window, "causal": int(sig.causal), "sink_type": SINK_TYPES[sig.sinks],
+        "key_bytes": (sig.D + sig.Dv) * 2, "slots": room, "scale": sig.scale,
+        "out_scale": getattr(sig, "out_scale", 1.0), "softcap": sig.softcap,
     }  # fmt: skip
-    kernel = launch.kernel(_variant(sig, config), NAME, launch.index_of(sig.device), prefill_cuda.shared_bytes(sig, config))
-    most_tiles = (sig.T // tokens + sig.B) * sig.Hkv
-    grid = max(1, min(arch.of(sig.device).sms, most_tiles))
-    return launch.compiled().CudaLaunch(
-        kernel, (grid, 1, 1), (128 * (config.consumers + 1), 1, 1), (1, 1, 1), False,
+    index = launch.index_of(sig.device)
+    kernel = launch.kernel(_variant(sig, dtype, config), NAME, index, prefill_cuda.shared_bytes(sig, config))
+    most_tiles = (sig.T // tokens + sig.B) * Hkv
+    grid = max(1, min(sms, most_tiles if room == 0 else sms))
+    state["launch"] = launch.compiled().CudaLaunch(
+        kernel, (grid, 1, 1), (128 * (config.consumers + 1), 1, 1), (1, 1, 1), True,
         PARAMS.pack(values), [PARAMS.offsets[name] for name in POINTERS],
         [(PARAMS.offsets[f"{name}_map"], POINTERS.index(name), spec) for name, spec in maps],
     )  # fmt: skip
+    state["index"] = index
+    state["scratch"] = {}
+    state["partial_bytes"] = room * config.consumers * 128 * 16 * (_padded(sig)[1] // 8 + 1)
+    state["counters"] = 2 + room * config.consumers
+
+
+def scratch(plan: Plan, stream: int) -> tuple[int, int]:
+    """Addresses of the partials and counters; outside a capture they are looked up once a stream."""
+    state, device = plan.state, plan.sig.device
+    if torch.cuda.current_device() != state["index"]:
+        with torch.cuda.device(state["index"]):  # the question below is about the current device's stream
+            return scratch(plan, stream)
+    capturing = torch.cuda.is_current_stream_capturing()
+    held = None if capturing else state["scratch"].get(stream)
+    if held is None:
+        partials = workspace.partials(device, state["partial_bytes"]) if state["partial_bytes"] else None
+        memory = (partials, workspace.counters(device, state["counters"]))
+        held = (launch.pointer(memory[0]), launch.pointer(memory[1])), memory
+        if not capturing:
+            state["scratch"][stream] = held
+    return held[0]
 
 
 def _launch(plan: Plan, q, k, v, pages, lens, cu_q, sinks, k_scale, v_scale, out, lse) -> None:
-    run = plan.state.get("launch")
-    if run is None:
-        run = plan.state["launch"] = _prepare(plan)
-    device = plan.sig.device
-    pointers = (q, k, v, pages, lens, cu_q, sinks, out, lse, workspace.counters(device, 2))
-    run(launch.stream_of(launch.index_of(device)), *(launch.pointer(t) for t in pointers))
+    state = plan.state
+    if not state:
+        sig = plan.sig
+        keys = Keys((sig.S, sig.P), sig.k_stride[:3], sig.v_stride[:3], sig.S.bit_length() - 1, sig.W * sig.S, sig.pages_stride)
+        prepare(plan, sig.q_dtype, sig.Hq, sig.Hkv, keys)
+    if sinks is not None and sinks.stride(0) != 1:
+        sinks = sinks.contiguous()
+    stream = launch.stream_of(state["index"])
+    pointers = (q, k, v, pages, lens, cu_q, None, sinks, out, lse)
+    state["launch"](stream, *(launch.pointer(t) for t in pointers), *scratch(plan, stream))
 
 
 PAGED_PREFILL = Kernel("cuda_sm90", "cuda", _supports, _launch, prefill_cuda.CUDA)
