@@ -126,5 +126,10 @@ def slot_values(op: str, slots: torch.Tensor, capacity: int) -> None:
 
 
 def inference_only(op: str, *tensors: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op}: an input requires grad, and attnkit's ops have no backward; call them under torch.no_grad()")
+    if not torch.is_grad_enabled():
+        return
+    for t in tensors:
+        if t.requires_grad:
+            raise RuntimeError(
+                f"{op}: an input requires grad, and attnkit's ops have no backward; call them under torch.no_grad()"
+            )

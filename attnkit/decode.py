@@ -70,22 +70,24 @@ def paged_decode(
     """
     k, v = attention.split_kv(OP, kv, q.shape[-1])
     pages, lens = table
-    if q.dim() not in (3, 4):
-        raise ValueError(f"{OP}: q's shape is {list(q.shape)}, wanted [B, Hq, D] or [B, Q, Hq, D]")
+    shape = q.shape
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{OP}: q's shape is {list(shape)}, wanted [B, Hq, D] or [B, Q, Hq, D]")
     if out is None:
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if return_lse else None
-    q4, out4, lse3 = q, out, lse
-    if q.dim() == 3:
-        q4, out4 = q.unsqueeze(1), out.unsqueeze(1)
-        lse3 = None if lse is None else lse.unsqueeze(1)
+        Dv = v.shape[-1]
+        # the same, and half the time
+        out = torch.empty_like(q) if Dv == shape[-1] and q.is_contiguous() else q.new_empty((*shape[:-1], Dv))
+    lse = q.new_empty(shape[:-1], dtype=torch.float32) if return_lse else None
     if tree_mask is not None and tree_mask.dim() == 2:
-        tree_mask = tree_mask.expand(q4.shape[0], -1, -1)
+        tree_mask = tree_mask.expand(shape[0], -1, -1)
     window, softcap = attention.options(OP, window, softcap)
-    k_factor, k_scale = attention.fold_scale(OP, "k_scale", k_scale, k.shape[2])
-    v_factor, v_scale = attention.fold_scale(OP, "v_scale", v_scale, k.shape[2])
-    scale = attention.softmax_scale(OP, scale, q.shape[-1] ** -0.5) * k_factor
-    arguments = (q4, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out4, lse3)
+    k_factor, v_factor = 1.0, 1.0
+    if k_scale is not None:
+        k_factor, k_scale = attention.fold_scale(OP, "k_scale", k_scale, k.shape[2])
+    if v_scale is not None:
+        v_factor, v_scale = attention.fold_scale(OP, "v_scale", v_scale, k.shape[2])
+    scale = attention.softmax_scale(OP, scale, shape[-1] ** -0.5) * k_factor
+    arguments = (q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse)
     static = (scale, v_factor, window, softcap, batch_invariant, impl)
     if config is None and registry.traced(q):
         _op(*arguments, *static)
@@ -102,13 +104,23 @@ def _run(q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse,
     key = attention.call_key(tensors, aligned, static)
     plan = _PLANS.get(key)
     if plan is None:
-        sig = _signature(tensors, static)
+        sig = _signature(_with_queries(tensors), static)
         plan = _PLANS.put(key, make_plan(KERNELS, sig, impl, config))
     check.inference_only(OP, q, k, v)
     if settings.get().debug:
         check.table_values(OP, pages, lens, k.shape[0], k.shape[1])
     if out.numel():
+        if plan.kernel.impl != "cuda":  # which takes addresses, and strides from the signature: views would be 2 us lost
+            tensors = _with_queries(tensors)
         plan.launch(plan, *tensors)
+
+
+def _with_queries(tensors):
+    """q, out and lse with the dimension Q, where the caller left it out."""
+    q, *others, out, lse = tensors
+    if q.dim() == 4:
+        return tensors
+    return (q.unsqueeze(1), *others, out.unsqueeze(1), None if lse is None else lse.unsqueeze(1))
 
 
 def _signature(tensors, static):

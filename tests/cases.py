@@ -123,6 +123,7 @@ LARGE_DECODE = [
         (16, 16, 128, 128),
         (32, 1, 128, 16),
         (16, 8, 256, 16),
+        (8, 8, 96, 16),
     )
 ] + [
     replace(BASE, lens=(65536, 1, 0, 700) * 2, Hq=32, Hkv=8, D=128),
@@ -130,6 +131,17 @@ LARGE_DECODE = [
     replace(BASE, lens=(2048, 777, 5), Hq=64, Hkv=8, D=64, window=128, sinks=True),
     replace(BASE, lens=(4000, 777, 5), Hq=32, Hkv=8, D=128, kv_dtype=torch.float8_e4m3fn, scales="head"),
     replace(BASE, lens=(4000, 777, 5), Hq=32, Hkv=8, D=128, kv_dtype=torch.int8, scales="head", Q=4, tree=True),
+    replace(BASE, lens=(2000, 777, 5), Hq=16, Hkv=8, D=256, kv_dtype=torch.float8_e4m3fn, scales="head", Q=8),
+    *(replace(BASE, lens=(700, 33, 5), Hq=32, Hkv=8, D=128, S=s) for s in (1, 4)),
+    *(
+        replace(BASE, lens=(777, 64, 5, 0, 1300) * 20, Hq=Hq, Hkv=8, **more)
+        for Hq, more in (
+            (32, {"D": 128, "kv_dtype": torch.float8_e4m3fn, "scales": "head"}),
+            (24, {"D": 128, "kv_dtype": torch.int8, "scales": "head", "Q": 2, "tree": True}),
+            (56, {"D": 64, "S": 4, "window": 300, "sinks": True}),
+            (8, {"D": 64, "S": 128, "Q": 5, "softcap": 20.0}),
+        )
+    ),
 ]
 LARGE_PREFILL = [
     replace(BASE, lens=(2048, 777, 5000, 64), q_lens=(2048, 777, 333, 1), Hq=hq, Hkv=hkv, D=d, S=s)

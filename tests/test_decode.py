@@ -108,3 +108,47 @@ def test_shared_prefix_given_once(impl, device):
     b = skip_if_declined(lambda: attnkit.paged_decode(q, x.kv, tail, return_lse=True, impl=impl))
     merged, _ = attnkit.merge_states(*a, *b)
     assert torch.allclose(merged.float(), want.float(), atol=0.02)
+
+
+LATE = r"""
+struct Copies { int* to[4]; const int* from[4]; long long words[4]; };
+
+extern "C" __global__ void late(const __grid_constant__ Copies c) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  const long long until = clock64() + 100000;
+  while (clock64() < until) {
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (long long j = threadIdx.x; j < c.words[i]; j += blockDim.x) c.to[i][j] = c.from[i][j];
+  }
+}
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 3, 40, 300])
+def test_inputs_that_the_kernel_before_writes_at_its_end(B):
+    """The CUDA kernel starts while its predecessor runs, and may only guess what that will have written."""
+    from attnkit.backends.cuda import images, launch, nvrtc
+
+    case = replace(cases.BASE, lens=tuple(37 * i % 500 + 1 for i in range(B)), Hq=8, D=128)
+    x = inputs.make(case, "cuda")
+    call = lambda: attnkit.paged_decode(x.q, x.kv, x.table, impl="cuda_sm90")  # noqa: E731
+    want = skip_if_declined(call)
+    written = [t.view(torch.int32) for t in (x.q, x.kv, *x.table)]
+    good = [t.clone() for t in written]
+    addresses = [t.data_ptr() for t in (*written, *good)]
+    sizes = [t.numel() for t in written]
+    image = nvrtc.compile_cubin(LATE, "late.cu", [*images.FLAGS, f"--gpu-architecture={images.ARCH}"])
+    late = launch.compiled().CudaKernel(image, "late", 0, 0)
+    run = launch.compiled().CudaLaunch(
+        late, (1, 1, 1), (1024, 1, 1), (1, 1, 1), False, bytes(96), [8 * i for i in range(12)]
+    )  # fmt: skip
+    for stale in (0, 1, 1 << 30, -1):
+        written[0].fill_(-1)  # NaN
+        written[1].fill_(-1)
+        written[2].fill_(stale)
+        written[3].fill_(case.S * x.table.pages.shape[1] if stale else 1)
+        torch.cuda.synchronize()
+        run(launch.stream_of(0), *addresses, *sizes)
+        assert torch.equal(call(), want)

@@ -36,6 +36,7 @@ inline int __shfl_sync(unsigned, int v, int) { return v; }
 inline unsigned __ballot_sync(unsigned, bool) { return 0; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline void __syncthreads() {}
+inline int load_l2(const int* p) { return *p; }
 """
 
 MAIN = r"""

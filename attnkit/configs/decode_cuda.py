@@ -29,14 +29,36 @@ class CudaConfig:
 
 
 def build_of(sig: Any, config: CudaConfig) -> Build:
-    return build_for(sig.D, sig.Dv, KV_TYPE[sig.kv_dtype], sig.G * sig.Q, sig.G, config.ctas_per_sm)
+    return _build(sig, config.ctas_per_sm)
+
+
+def _build(sig: Any, ctas_per_sm: int) -> Build:
+    return build_for(sig.D, sig.Dv, KV_TYPE[sig.kv_dtype], sig.G * sig.Q, sig.G, ctas_per_sm, 2 if _by_twos(sig) else 1)
+
+
+def _by_twos(sig: Any) -> bool:
+    """Whether KV heads are taken two at a time: where a head's row is 128 bytes long, memory is slower by a tenth.
+
+    Not where heads are few (more pieces of each would have to meet), and never where bits may not depend on the batch.
+    """
+    item = sig.kv_dtype.itemsize
+    side_by_side = sig.D * item == sig.Dv * item == 128 and sig.k_stride[2] == sig.v_stride[2] == sig.D
+    return side_by_side and sig.Hkv % 2 == 0 and sig.G * sig.Q <= 8 and sig.B * sig.Hkv >= 384 and not sig.batch_invariant
 
 
 def default(sig: Any, arch: Arch) -> CudaConfig:
-    """Two rings a multiprocessor keep the memory busier; where all is over in a few tiles, half the pieces do better."""
-    tiles = sig.B * sig.Hkv * -(-sig.W * sig.S // build_for(sig.D, sig.Dv, KV_TYPE[sig.kv_dtype], sig.G * sig.Q, sig.G, 2).tile)
-    small = tiles <= 8 * arch.sms
-    return CudaConfig(ctas_per_sm=1 if small else 2, grid=100, min_tiles=2 if small else 1)
+    """Two rings a multiprocessor keep the memory busier. Where pieces are large and many of them meet, and where all is over
+    in a few tiles, half the pieces do better; then half of each multiprocessor is free for the next launch's beginning.
+    """
+    heads, rows = sig.B * sig.Hkv, sig.G * sig.Q
+    if 16 < rows <= 32 and 2 * heads <= arch.sms:
+        return CudaConfig(ctas_per_sm=1, grid=100, min_tiles=1)
+    tiles = heads * -(-sig.W * sig.S // _build(sig, 2).tile)
+    if tiles > 8 * arch.sms:
+        return CudaConfig(ctas_per_sm=2, grid=100, min_tiles=1)
+    if tiles > 2 * arch.sms:
+        return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=2)
+    return CudaConfig(ctas_per_sm=1, grid=100, min_tiles=1 if 2 * tiles <= arch.sms else 2)
 
 
 def candidates(sig: Any, arch: Arch) -> list[CudaConfig]:

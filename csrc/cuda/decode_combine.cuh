@@ -37,7 +37,6 @@ struct Running {
 struct RowOutput {
   const DecodeParams& p;
   int b, h, row0, rows, all_rows, columns;
-  float out_scale;
 
   ATTNKIT_DEVICE RowOutput(const DecodeParams& params, const Piece& piece, int slot_rows, int dv) : p(params) {
     b = piece.b;
@@ -46,7 +45,6 @@ struct RowOutput {
     rows = min(p.block_rows, p.Q * p.G - row0);
     all_rows = slot_rows;
     columns = dv;
-    out_scale = p.out_scale * (p.v_scale ? *reinterpret_cast<const float*>(p.v_scale + h * p.v_scale_h) : 1.f);
   }
 
   ATTNKIT_DEVICE float* values(int slot) const { return p.partial + static_cast<i64>(slot) * all_rows * columns; }
@@ -72,6 +70,11 @@ struct RowOutput {
       const float base = over == negative_infinity() ? 0.f : over;
       scale = exp2_fast(high - base);
       total = sum * scale + exp2_fast(other - base);
+    }
+    float out_scale = p.out_scale;
+    if (p.v_scale) {
+      const int kv_head = p.heads > 1 ? head / (p.G / p.heads) : h;
+      out_scale *= *reinterpret_cast<const float*>(p.v_scale + kv_head * p.v_scale_h);
     }
     const bool none = over == negative_infinity();
     if (p.lse && says_lse) {
@@ -106,46 +109,53 @@ struct RowOutput {
 };
 
 // How many pieces one CTA adds up; more meet in groups of Fan first, so that several CTAs share the reading.
-// Wide pieces are large: 32 KB at 64 rows and D = 128. Batch: pieces a thread loads at once, as many as its
-// registers hold, so that their latency counts once.
+// Wide pieces are large: 32 KB at 64 rows and D = 128.
 template <class Shape>
 struct Meeting {
-  static constexpr int Fan = Shape::Wide ? 8 : 16, Most = Shape::Wide ? 8 : 32;
-  static constexpr int Batch = Shape::Wide || Shape::Threads * Shape::CtasPerSm > 512 ? 8 : 16;
+  static constexpr int Fan = Shape::Rows > 16 ? 8 : 16, Most = Shape::Rows > 16 ? 8 : 32;
 };
 
 // Adds pieces first, first + step, ... (count of them), in that order, to a group's sum or to the output.
+// A thread takes Units groups of four columns and Each pieces at a time, so that many loads are in flight at once.
 // The loops stay rolled: unrolled, they take registers from the loop over tiles.
-template <class Shape>
+template <class Shape, int Units, int Each>
 ATTNKIT_DEVICE void add_pieces(const Piece& piece, const RowOutput& output, int first, int step, int count, int level, bool last) {
-  constexpr int Batch = Meeting<Shape>::Batch;
-  const int units = output.columns / 4;
+  const int in_row = output.columns / 4, all = output.rows * in_row;
 #pragma unroll 1
-  for (int unit = threadIdx.x; unit < output.rows * units; unit += Shape::Consumers) {
-    const int row = unit / units, column = (unit - row * units) * 4, place = row * output.columns + column;
-    Running total;
+  for (int unit0 = threadIdx.x; unit0 < all; unit0 += Units * Shape::Consumers) {
+    Running total[Units];
 #pragma unroll 1
-    for (int i0 = 0; i0 < count; i0 += Batch) {
-      float4 parts[Batch];
-      float2 weights[Batch];
+    for (int i0 = 0; i0 < count; i0 += Each) {
+      float4 parts[Units][Each];
+      float2 weights[Units][Each];
 #pragma unroll
-      for (int i = 0; i < Batch; ++i) {
-        parts[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-        weights[i] = make_float2(negative_infinity(), 0.f);
-        if (i0 + i < count) {
-          const int slot = piece.slot(first + (i0 + i) * step);
-          parts[i] = load_l2(reinterpret_cast<const float4*>(output.values(slot) + place));
-          weights[i] = load_l2(output.weights(slot, level) + row);
+      for (int u = 0; u < Units; ++u) {
+        const int unit = unit0 + u * Shape::Consumers, row = unit / in_row;
+#pragma unroll
+        for (int i = 0; i < Each; ++i) {
+          parts[u][i] = make_float4(0.f, 0.f, 0.f, 0.f);
+          weights[u][i] = make_float2(negative_infinity(), 0.f);
+          if (i0 + i < count && unit < all) {
+            const int slot = piece.slot(first + (i0 + i) * step);
+            parts[u][i] = load_l2(reinterpret_cast<const float4*>(output.values(slot)) + unit);
+            weights[u][i] = load_l2(output.weights(slot, level) + row);
+          }
         }
       }
-      total.add(parts, weights);
+#pragma unroll
+      for (int u = 0; u < Units; ++u) total[u].add(parts[u], weights[u]);
     }
-    if (last) {
-      output.write(row, column, total);
-    } else {
-      const int slot = piece.slot(first);
-      *reinterpret_cast<float4*>(output.values(slot) + place) = total.value;
-      if (column == 0) output.weights(slot, level + 1)[row] = make_float2(total.high, total.sum);
+#pragma unroll
+    for (int u = 0; u < Units; ++u) {
+      const int unit = unit0 + u * Shape::Consumers, row = unit / in_row, column = (unit - row * in_row) * 4;
+      if (unit >= all) break;
+      if (last) {
+        output.write(row, column, total[u]);
+      } else {
+        const int slot = piece.slot(first);
+        reinterpret_cast<float4*>(output.values(slot))[unit] = total[u].value;
+        if (column == 0) output.weights(slot, level + 1)[row] = make_float2(total[u].high, total[u].sum);
+      }
     }
   }
 }
@@ -181,7 +191,13 @@ ATTNKIT_DEVICE void combine(const DecodeParams& p, const Piece& piece, const Row
 #pragma unroll 1
   for (int level = 0; arrives_last<Shape>(counter, count, flag); ++level) {
     const bool last = !grouped || level == 1;
-    add_pieces<Shape>(piece, output, first, step, count, level, last);
+    if (count <= 8 && output.rows * output.columns > 4 * Shape::Consumers) {
+      add_pieces<Shape, 4, 4>(piece, output, first, step, count, level, last);
+    } else if (count <= 8) {
+      add_pieces<Shape, 1, 8>(piece, output, first, step, count, level, last);
+    } else {
+      add_pieces<Shape, 1, 16>(piece, output, first, step, count, level, last);
+    }
     if (last) break;
     first = 0;
     step = Meeting<Shape>::Fan;

@@ -12,25 +12,36 @@ struct DecodeShared {
   Piece* pieces;                  // [2]: what the q of the same slot belongs to
 };
 
-// Where 16-byte unit ``unit`` of ``row`` lies in planes of Swizzle bytes, less the row's and the planes' offsets.
-template <int Swizzle>
-ATTNKIT_DEVICE constexpr u32 swizzled(int row, int unit) {
-  constexpr int Units = Swizzle / 16, Shift = Swizzle == 128 ? 0 : Swizzle == 64 ? 1 : 2;
-  return static_cast<u32>(unit ^ (row >> Shift & (Units - 1))) * 16;
+// Boxes of the cache: into shared memory, or into L2 and no further.
+ATTNKIT_DEVICE void load_box(u32 to, const TensorMap& map, u32 barrier, int head, int slot, int page, int plane, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(0), "r"(head), "r"(slot), "r"(page), "r"(plane), "l"(policy)
+      : "memory");
+}
+
+ATTNKIT_DEVICE void prefetch_box(const TensorMap& map, int head, int slot, int page, int plane) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(0), "r"(head), "r"(slot),
+               "r"(page), "r"(plane)
+               : "memory");
 }
 
 // Two warps: one brings the keys, the other q and the values. Issuing boxes of 16 slots takes a warp longer
-// than their bytes take to arrive.
+// than their bytes take to arrive. Both run the same code, rolled up: what runs once a launch waits for its instructions.
 template <class Shape>
 struct DecodeProducer {
   static constexpr int T = Shape::T;
+  static constexpr bool Same = Shape::RowK == Shape::RowV;
 
   const DecodeParams& p;
   const DecodeShared& shared;
+  bool keys;
   int lane, box_shift, boxes;  // slots in a box: 2^box_shift; boxes of one plane of a tile
   u64 policy;
+  Piece piece;
 
-  ATTNKIT_DEVICE DecodeProducer(const DecodeParams& params, const DecodeShared& s) : p(params), shared(s) {
+  ATTNKIT_DEVICE DecodeProducer(const DecodeParams& params, const DecodeShared& s, bool brings_keys) : p(params), shared(s), keys(brings_keys) {
     lane = threadIdx.x & 31;
     box_shift = min(p.page_shift, 31 - __clz(T));
     boxes = T >> box_shift;
@@ -38,7 +49,7 @@ struct DecodeProducer {
   }
 
   // Rows i * G + g of one head. Wide builds read them by wgmma, so they come by TMA, in swizzled planes.
-  ATTNKIT_DEVICE void load_q_planes(const Piece& piece, int slot) {
+  ATTNKIT_DEVICE void load_q_planes(int slot) {
     constexpr int Planes = Shape::D / 64;
     const u32 full = shared.q_full + 8 * slot, to = shared.q + slot * Shape::QBytes;
     const int token0 = piece.block * p.block_rows / p.G;
@@ -52,14 +63,14 @@ struct DecodeProducer {
     }
   }
 
-  ATTNKIT_DEVICE void load_q_rows(const Piece& piece, int slot) {
+  ATTNKIT_DEVICE void load_q_rows(int slot) {
     constexpr int Units = Shape::D * 2 / 16;
     const char* base = p.q + piece.b * p.q_b + piece.h * p.G * p.q_h;
     const u32 to = shared.q + slot * Shape::QBytes;
-#pragma unroll
+#pragma unroll 1
     for (int unit = lane; unit < Shape::Rows * Units; unit += 32) {
       const int row = unit / Units, column = (unit - row * Units) * 16;
-      const int n = piece.block * p.block_rows + row;
+      const int n = piece.block * p.block_rows + Shape::row_of(p, row);
       const int i = n * p.g_magic >> 20;
       const bool valid = i < p.Q;
       copy_async_16(to + row * Shape::PitchQ + column, valid ? base + i * p.q_i + (n - i * p.G) * p.q_h + column : p.q, valid);
@@ -71,57 +82,95 @@ struct DecodeProducer {
     }
   }
 
-  // The page of this lane's box of a tile; 0 where the box holds no visible key: its table entry may be garbage.
-  ATTNKIT_DEVICE int page_of(const Piece& piece, const int* pages, int tile) const {
-    const int token = tile * T + ((lane & (boxes - 1)) << box_shift);
-    return token < piece.length && token + (1 << box_shift) > piece.low ? pages[token >> p.page_shift] : 0;
+  ATTNKIT_DEVICE void prefetch_q() const {
+    constexpr int Lines = (Shape::D * 2 + 127) / 128;
+#pragma unroll 1
+    for (int i = lane; i < Shape::Rows * Lines; i += 32) {
+      const int n = piece.block * p.block_rows + Shape::row_of(p, i / Lines), token = n * p.g_magic >> 20;
+      if (token >= p.Q) continue;
+      prefetch_l2(p.q + piece.b * p.q_b + token * p.q_i + (piece.h * p.G + n - token * p.G) * p.q_h + i % Lines * 128);
+    }
   }
 
-  // The boxes of one operand of a tile that hold visible keys.
-  template <int Row, int Swizzle>
-  ATTNKIT_DEVICE void load_tile(const TensorMap& map, const Piece& piece, const int* pages, int token0, int page, u32 to, u32 full) {
+  // The page of this lane's box of a tile; 0 where the box holds no visible key: its table entry may be garbage.
+  // L1 may not see a table that is still being written, so what is read ahead of the wait goes past it.
+  ATTNKIT_DEVICE int page_of(const int* pages, int tile, bool ahead) const {
+    const int token = tile * T + ((lane & (boxes - 1)) << box_shift);
+    if (token >= piece.length || token + (1 << box_shift) <= piece.low) return 0;
+    const int* page = pages + (token >> p.page_shift);
+    return ahead ? load_l2(page) : *page;
+  }
+
+  // The boxes of a tile that hold visible keys: into the ring, or (ahead) into L2 only.
+  ATTNKIT_DEVICE void load_tile(const int* pages, int tile, int page, int stage, bool ahead) {
+    const int row = Same || keys ? Shape::RowK : Shape::RowV, swizzle = Same || keys ? Shape::SwizzleK : Shape::SwizzleV;
+    const TensorMap& map = keys ? p.k_map : p.v_map;
+    const u32 full = shared.full + 8 * stage, to = shared.ring + stage * Shape::StageBytes + (keys ? 0 : T * Shape::Heads * Shape::RowK);
+    const int token0 = tile * T, slot = token0 & ((1 << p.page_shift) - 1), head = piece.h * Shape::Heads;
     const int first = max(piece.low - token0, 0) >> box_shift;
     const int last = min((piece.length - token0 + (1 << box_shift) - 1) >> box_shift, boxes);
-    const int slot = token0 & ((1 << p.page_shift) - 1);
-    if (elect_one()) mbarrier_arrive_expect(full, max(last - first, 0) * (Row << box_shift));
+    if (!ahead && elect_one()) mbarrier_arrive_expect(full, max(last - first, 0) * (row * Shape::Heads << box_shift));
+#pragma unroll 1
     for (int box = first; box < last; ++box) {
-      const int from = boxes <= 32 ? __shfl_sync(~0u, page, box) : pages[(token0 >> p.page_shift) + box];
-      const u32 at = to + (box << box_shift) * Swizzle;
+      const int* entry = pages + (token0 >> p.page_shift) + box;
+      const int from = boxes <= 32 ? __shfl_sync(~0u, page, box) : ahead ? load_l2(entry) : *entry;
+      // A warp issues one box in 200 cycles, so a narrow build's holds all planes; wgmma wants them a tile apart.
+      const u32 at = to + (box << box_shift) * (Shape::Wide ? swizzle : Shape::Heads * row);
       if (elect_one()) {
 #pragma unroll
-        for (int plane = 0; plane < Row / Swizzle; ++plane) {
-          tma_load_4d(at + plane * T * Swizzle, &map, full, plane * (Swizzle / Shape::ElementBytes), slot, piece.h, from, policy);
+        for (int plane = 0; plane < (Shape::Wide ? row / swizzle : 1); ++plane) {
+          if (ahead) {
+            prefetch_box(map, head, slot, from, plane);
+          } else {
+            load_box(at + plane * T * swizzle, map, full, head, slot, from, plane, policy);
+          }
         }
       }
     }
   }
 
-  template <bool Keys>
+  ATTNKIT_DEVICE void load_q(int pieces) {
+    const int slot = pieces % Shape::QSlots;
+    mbarrier_wait(shared.q_empty + 8 * slot, (pieces / Shape::QSlots & 1) ^ 1);
+    if constexpr (Shape::Wide) {
+      load_q_planes(slot);
+    } else {
+      load_q_rows(slot);
+    }
+  }
+
+  // Before the previous grid has ended nothing it may write can be trusted, but what seems to be this CTA's first
+  // tiles can be asked for: they come closer, and are read, like lens and table, after the wait.
   ATTNKIT_DEVICE void run(Walker<T>& walker) {
-    Piece piece;
-    int stage = 0, phase = 1, pieces = 0, q_slot = 0;
-    while (walker.next(piece)) {
+    int stage = 0, phase = 1, pieces = 0;
+#pragma unroll 1
+    for (bool placed = p.B > 32, waited = placed;;) {
+      if (!placed) walker.place_few();
+      placed = true;
+      const bool more = walker.next(piece);
       const int* pages = p.pages + piece.b * p.pages_b;
-      int page = page_of(piece, pages, piece.tile);
+      if (!waited) {
+        const int last = more ? piece.tile + min(p.ahead, piece.tiles) : piece.tile;
+#pragma unroll 1
+        for (int tile = piece.tile; tile < last; ++tile) load_tile(pages, tile, page_of(pages, tile, true), 0, true);
+        if constexpr (!Shape::Wide) {
+          if (!keys && more) prefetch_q();
+        }
+        wait_for_previous_grid();
+        waited = true;
+        if (__any_sync(~0u, walker.stale(lane))) {
+          placed = false;
+          continue;
+        }
+      }
+      if (!more) break;
+      int page = page_of(pages, piece.tile, false);
 #pragma unroll 1
       for (int tile = piece.tile; tile < piece.tile + piece.tiles; ++tile) {
-        const int next_page = page_of(piece, pages, tile + 1);
+        const int next_page = page_of(pages, tile + 1, false);
         mbarrier_wait(shared.empty + 8 * stage, phase);
-        const u32 to = shared.ring + stage * Shape::StageBytes, full = shared.full + 8 * stage;
-        if constexpr (Keys) {
-          load_tile<Shape::RowK, Shape::SwizzleK>(p.k_map, piece, pages, tile * T, page, to, full);
-        } else {
-          load_tile<Shape::RowV, Shape::SwizzleV>(p.v_map, piece, pages, tile * T, page, to + T * Shape::RowK, full);
-        }
-        if (!Keys && tile == piece.tile) {  // q after the first values: it is small, and not needed sooner
-          mbarrier_wait(shared.q_empty + 8 * q_slot, (pieces / Shape::QSlots & 1) ^ 1);
-          if constexpr (Shape::Wide) {
-            load_q_planes(piece, q_slot);
-          } else {
-            load_q_rows(piece, q_slot);
-          }
-          q_slot = ++pieces % Shape::QSlots;
-        }
+        load_tile(pages, tile, page, stage, false);
+        if (!keys && tile == piece.tile) load_q(pieces++);  // q after the first values: it is small, and not needed sooner
         page = next_page;
         if (++stage == p.stages) {
           stage = 0;
@@ -129,12 +178,13 @@ struct DecodeProducer {
         }
       }
     }
-    if constexpr (!Keys) {
-      mbarrier_wait(shared.q_empty + 8 * q_slot, (pieces / Shape::QSlots & 1) ^ 1);
-      if (lane == 0) shared.pieces[q_slot].tiles = 0;
+    if (!keys) {
+      const int slot = pieces % Shape::QSlots;
+      mbarrier_wait(shared.q_empty + 8 * slot, (pieces / Shape::QSlots & 1) ^ 1);
+      if (lane == 0) shared.pieces[slot].tiles = 0;
       __syncwarp();
-      if (!Shape::Wide) mbarrier_arrive(shared.q_full + 8 * q_slot);
-      if (lane == 0) mbarrier_arrive(shared.q_full + 8 * q_slot);
+      if (!Shape::Wide) mbarrier_arrive(shared.q_full + 8 * slot);
+      if (lane == 0) mbarrier_arrive(shared.q_full + 8 * slot);
       copy_async_wait_all();
     }
   }
@@ -152,10 +202,10 @@ template <class Shape, template <class> class Consumer>
 ATTNKIT_DEVICE void decode(const DecodeParams& p) {
   extern __shared__ __align__(16) unsigned char memory[];
   DecodeShared shared;
-  // TMA's swizzle follows address bits: the ring lies on a multiple of 1024.
-  shared.ring = (smem_address(memory) + Shape::AlignBytes) & ~1023u;
+  // TMA's swizzle follows address bits: the ring lies on a multiple of 1024, as dynamic shared memory does.
+  shared.ring = smem_address(memory);
   shared.q = shared.ring + p.stages * Shape::StageBytes;
-  unsigned char* after = memory + (shared.q - smem_address(memory)) + Shape::QSlots * Shape::QBytes;
+  unsigned char* after = memory + p.stages * Shape::StageBytes + Shape::QSlots * Shape::QBytes;
   shared.full = smem_address(after);
   shared.empty = shared.full + 8 * 16;
   shared.q_full = shared.empty + 8 * 16;
@@ -179,22 +229,31 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
   }
   __syncthreads();  // the barriers are ready
   launch_dependents();
-  wait_for_previous_grid();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   Walker<Shape::T> walker(p);
-  if (p.B > 32) walker.place_many(shared.scratch, Shape::Threads);
-  if (warp < Shape::ConsumerWarps) {
+  if (p.B > 32) {  // more sequences than a warp has lanes
     prefetch_table(p);
+    bool waited = p.B > Shape::Threads;
+    if (waited) wait_for_previous_grid();
+#pragma unroll 1
+    for (;;) {
+      walker.place_many(shared.scratch, Shape::Threads);
+      if (waited) break;
+      wait_for_previous_grid();
+      waited = true;
+      if (!__syncthreads_or(walker.stale(threadIdx.x))) break;
+    }
+  }
+  if (warp < Shape::ConsumerWarps) {
+    if (p.B <= 32) {
+      prefetch_table(p);
+      wait_for_previous_grid();
+    }
     Consumer<Shape> consumer(p, shared);
     consumer.run();
-    return;
-  }
-  if (p.B <= 32) walker.place_few();
-  DecodeProducer<Shape> producer(p, shared);
-  if (warp == Shape::ConsumerWarps) {
-    producer.template run<true>(walker);
   } else {
-    producer.template run<false>(walker);
+    DecodeProducer<Shape> producer(p, shared, warp == Shape::ConsumerWarps);
+    producer.run(walker);
   }
 }
 

@@ -15,7 +15,8 @@ struct alignas(64) TensorMap {
 
 // Mirrored by attnkit/backends/cuda/decode.py (PARAMS). Strides in bytes; a null pointer is an option left out.
 struct DecodeParams {
-  TensorMap k_map, v_map;    // (D, S, Hkv, P): boxes of one swizzled plane of up to T slots of one head of one page
+  TensorMap k_map, v_map;    // (plane, all KV heads, S, P, planes): boxes of up to T slots of HEADS heads of a page; all swizzled
+                             // planes of them, or (wide builds) one
   TensorMap q_map;           // wide builds: (D, Hq, Q, B), boxes of one plane of the block_rows rows of one head
   const char* q;             // [B, Q, Hq, D]
   const char* k;             // [P, S, Hkv, D]; read through the maps
@@ -35,7 +36,8 @@ struct DecodeParams {
   i64 pages_b;
   i64 k_scale_h, v_scale_h;
   i64 tree_b, tree_i, tree_j;
-  int B, Q, Hkv, G;
+  int B, Q, Hkv, G;          // a build that takes KV heads by twos sees half of them, with groups twice as large
+  int heads;                 // KV heads that it takes together
   int page_shift;            // log2 S
   int table_width;           // W
   int capacity;              // W * S
@@ -45,6 +47,7 @@ struct DecodeParams {
   u32 g_magic;               // ceil(2^20 / G)
   int slots;
   int stages;
+  int ahead;                 // tiles a CTA asks of L2 while the grid before it still runs
   int least_tiles;           // a CTA takes no fewer tiles than this, if there are enough for that
   int invariant;             // 1: cuts follow from L alone
   int chunk_least;           // invariant: tiles in a chunk, at least
@@ -72,31 +75,43 @@ struct Walker {
   int position, end;  // in the line of tiles
   int b, start;       // the sequence that holds position, and where it starts
   int length, low, tiles;
-  int share, extra, cta;
+  int share, extra, cta, ctas;
+  float per_tile;     // ctas / total
+  int seen;           // what this lane (or thread) last read of lens
 
   ATTNKIT_DEVICE explicit Walker(const DecodeParams& params) : p(params) {}
 
   // A sequence of length 0 has one tile, all masked: someone must write its output.
   ATTNKIT_DEVICE static void measure(const DecodeParams& p, int b, int& length, int& low, int& tiles) {
-    length = min(max(p.lens[b], 0), p.capacity);
+    measure_length(p, p.lens[b], length, low, tiles);
+  }
+
+  ATTNKIT_DEVICE static void measure_length(const DecodeParams& p, int given, int& length, int& low, int& tiles) {
+    length = min(max(given, 0), p.capacity);
     low = p.window > 0 ? max(0, length - p.Q - p.window + 1) : 0;
     tiles = max(1, (length + T - 1) / T - low / T);
   }
 
   ATTNKIT_DEVICE int heads() const { return p.Hkv * p.row_blocks; }
 
+  // Where CTA c begins: floor(c total / ctas), so that equal heads are cut alike.
+  ATTNKIT_DEVICE int cut(int c) const { return c * share + static_cast<int>(static_cast<u32>(c) * static_cast<u32>(extra) / static_cast<u32>(ctas)); }
+
   ATTNKIT_DEVICE int owner(int at) const {
-    const int big = extra * (share + 1), past = at < big ? 0 : big;
-    return (past ? extra : 0) + (at - past) / (at < big ? share + 1 : share);
+    int c = min(static_cast<int>(static_cast<float>(at) * per_tile), ctas - 1);
+    while (cut(c) > at) --c;
+    while (c + 1 < ctas && cut(c + 1) <= at) ++c;
+    return c;
   }
 
   ATTNKIT_DEVICE void take_share(int total) {
-    const int ctas = max(1, min(static_cast<int>(gridDim.x), total / p.least_tiles));
+    ctas = max(1, min(static_cast<int>(gridDim.x), total / p.least_tiles));
     cta = blockIdx.x;
     share = total / ctas;
     extra = total - share * ctas;
-    position = cta >= ctas ? total : cta * share + min(cta, extra);
-    end = cta >= ctas ? total : position + share + (cta < extra ? 1 : 0);
+    per_tile = static_cast<float>(ctas) / static_cast<float>(max(total, 1));
+    position = cta >= ctas ? total : cut(cta);
+    end = cta >= ctas ? total : cut(cta + 1);
   }
 
   ATTNKIT_DEVICE static int sum_up_to_lane(int value) {
@@ -114,7 +129,8 @@ struct Walker {
     const int lane = threadIdx.x & 31;
     int mine = 0;
     if (lane < p.B) {
-      measure(p, lane, length, low, tiles);
+      seen = load_l2(p.lens + lane);
+      measure_length(p, seen, length, low, tiles);
       mine = tiles * heads();
     }
     const int sum = sum_up_to_lane(mine);
@@ -133,7 +149,8 @@ struct Walker {
     const int first = min(thread * each, p.B), last = min(first + each, p.B);
     int mine = 0;
     for (int i = first; i < last; ++i) {
-      measure(p, i, length, low, tiles);
+      seen = load_l2(p.lens + i);
+      measure_length(p, seen, length, low, tiles);
       mine += tiles;
     }
     mine *= heads();
@@ -165,6 +182,9 @@ struct Walker {
       measure(p, b, length, low, tiles);
     }
   }
+
+  // Whether ``lens`` no longer holds what this lane (or thread) placed by: it was read while its writer may have run.
+  ATTNKIT_DEVICE bool stale(int i) const { return i < p.B && load_l2(p.lens + i) != seen; }
 
   ATTNKIT_DEVICE bool next(Piece& piece) {
     while (position < end) {

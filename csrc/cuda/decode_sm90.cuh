@@ -13,14 +13,15 @@
 namespace attnkit {
 
 // Shape of one build. Rows of a block: 8 * NR * WR. Consumer warps: WR row groups x WT key groups, each
-// warp with MT x 16 keys of a tile and NR x 8 rows.
-template <int D_, int DV_, int KvType_, int NR_, int WR_, int WT_, int MT_, int CtasPerSm_>
+// warp with MT x 16 keys of a tile and NR x 8 rows. With Heads = 2 a tile holds two KV heads, slot by slot, so that
+// memory is read 256 bytes at a time where a head's row has 128; each of the two row groups has one of them.
+template <int D_, int DV_, int KvType_, int NR_, int WR_, int WT_, int MT_, int CtasPerSm_, int Heads_>
 struct DecodeShape {
   static constexpr int D = D_, DV = DV_, KvType = KvType_, NR = NR_, WR = WR_, WT = WT_, MT = MT_;
-  static constexpr int CtasPerSm = CtasPerSm_;
+  static constexpr int CtasPerSm = CtasPerSm_, Heads = Heads_;
   static constexpr bool Bytes = KvType == kE4m3 || KvType == kInt8;  // computed in f16
   static constexpr bool Bf16 = KvType == kBf16, Wide = false;
-  static constexpr int QSlots = 2, AlignBytes = 1023;
+  static constexpr int QSlots = 2;
   static constexpr int Rows = 8 * NR * WR;
   static constexpr int T = 16 * WT * MT;
   static constexpr int ConsumerWarps = WR * WT;
@@ -31,17 +32,31 @@ struct DecodeShape {
   ATTNKIT_DEVICE static constexpr int swizzle(int bytes) { return bytes % 128 == 0 ? 128 : bytes % 64 == 0 ? 64 : 32; }
   static constexpr int RowK = D * ElementBytes, RowV = DV * ElementBytes;
   static constexpr int SwizzleK = swizzle(RowK), SwizzleV = swizzle(RowV);
-  static constexpr int StageBytes = T * (RowK + RowV);
+  static constexpr int StageBytes = T * Heads * (RowK + RowV);
   static constexpr int PitchQ = D * 2 + (D / 8 % 2 == 0 ? 16 : 0);  // an odd number of 16-byte units: no bank conflicts
   static constexpr int QBytes = Rows * PitchQ;
   // Q stays in registers unless it would take more than 32 of them.
   static constexpr bool QInRegisters = NR * (D / 8) <= 32;
-  static constexpr int MeetLimit = 16384 / CtasPerSm / (WT * Rows * 4);
-  static constexpr int MeetColumns = MeetLimit < 16 ? 16 : MeetLimit < DV ? MeetLimit : DV;
+  // As many columns at a time as 16 KB a multiprocessor hold, or 8 where that leaves room for a stage more.
+  ATTNKIT_DEVICE static constexpr int meet_columns() {
+    int columns = 16;
+    while (DV % (2 * columns) == 0 && 2 * columns * WT * Rows * 4 * CtasPerSm * Heads <= 16384) columns *= 2;
+    return columns;
+  }
+  static constexpr int MeetColumns = meet_columns();
   static constexpr int MeetPitch = MeetColumns + 4;
   static constexpr int MeetBytes = WT * Rows * (MeetPitch * 4 + 8);
-  static constexpr int FixedBytes = 1024 + 512 + 2 * QBytes + MeetBytes;  // alignment; barriers, the walker's scratch
+  static constexpr int FixedBytes = 512 + 2 * QBytes + MeetBytes;  // 512: barriers, the walker's scratch
   static_assert(D % 16 == 0 && DV % MeetColumns == 0 && MeetColumns % 16 == 0, "head size");
+
+  // Which of a block's rows stands in place ``row``: where two heads share it, each has 8 places for its Q * G / 2.
+  ATTNKIT_DEVICE static int row_of(const DecodeParams& p, int row) {
+    if constexpr (Heads == 1) return row;
+    const int group = p.G / Heads, i = (row & 7) / group;
+    return i < p.Q ? i * p.G + row / 8 * group + (row & 7) - i * group : p.Q * p.G;
+  }
+
+  static_assert(Heads == 1 || (WR == Heads && NR == 1), "a row group a head");
   static_assert(!Bytes || (D % 32 == 0 && DV % 32 == 0 && QInRegisters), "8-bit caches need head sizes of 32s");
 };
 
@@ -53,7 +68,7 @@ struct DecodeConsumer {
 
   const DecodeParams& p;
   const DecodeShared& shared;
-  int lane, warp, row_group, key_group;
+  int lane, warp, row_group, key_group, box_shift;
   u32 q_fragment[Shape::QInRegisters ? NR : 1][Shape::QInRegisters ? KSteps : 1][2];
   u32 q_rows;                // shared address of this piece's Q
   float* meet_p;              // [WT, Rows, MeetPitch]: the key groups' sums
@@ -67,6 +82,7 @@ struct DecodeConsumer {
     warp = threadIdx.x >> 5;
     row_group = warp / Shape::WT;
     key_group = warp % Shape::WT;
+    box_shift = min(p.page_shift, 31 - __clz(T));
     meet_p = reinterpret_cast<float*>(s.meet);
     meet_ml = reinterpret_cast<float2*>(meet_p + Shape::WT * Shape::Rows * Shape::MeetPitch);
   }
@@ -120,12 +136,13 @@ struct DecodeConsumer {
   }
 
   ATTNKIT_DEVICE void begin(const Piece& piece) {
-    const float k_scale = p.k_scale ? *reinterpret_cast<const float*>(p.k_scale + piece.h * p.k_scale_h) : 1.f;
+    const int head = Shape::Heads == 1 ? piece.h : piece.h * Shape::Heads + row_group;
+    const float k_scale = p.k_scale ? *reinterpret_cast<const float*>(p.k_scale + head * p.k_scale_h) : 1.f;
 #pragma unroll
     for (int n = 0; n < NR; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int row = piece.block * p.block_rows + (row_group * NR + n) * 8 + (lane & 3) * 2 + j;
+        const int row = piece.block * p.block_rows + Shape::row_of(p, (row_group * NR + n) * 8 + (lane & 3) * 2 + j);
         token[n][j] = row * p.g_magic >> 20;
         factor[n][j] = p.scale * k_scale * (p.softcap > 0.f ? 1.f : kLog2e);
         high[n][j] = negative_infinity();
@@ -142,11 +159,27 @@ struct DecodeConsumer {
     }
   }
 
-  // From a lane's place in the first 32 bytes of its row to the m-th 16 rows on, the i-th 32 bytes.
-  template <int Swizzle>
-  ATTNKIT_DEVICE static u32 step(u32 at, int m, int i) {
+  // Where a tile has 16-byte unit ``unit`` of a plane of the row of this warp's head for a key: its boxes stand one after
+  // another, in each its planes, in each slots and heads; TMA swizzles units by the address's bits.
+  template <int Row, int Swizzle>
+  ATTNKIT_DEVICE u32 place(int key, int plane, int unit) const {
+    const int in_box = key & ((1 << box_shift) - 1), head = Shape::Heads == 1 ? 0 : row_group;
+    const u32 at = ((key - in_box) * Row + (plane * Swizzle << box_shift) + in_box * Swizzle) * Shape::Heads + head * Swizzle;
+    return at + (unit ^ (at >> 7 & (Swizzle / 16 - 1))) * 16;
+  }
+
+  // The same for every plane of a row.
+  template <int Row, int Swizzle>
+  ATTNKIT_DEVICE void places(u32 (&at)[Row / Swizzle], u32 tile, int key, int unit) const {
+#pragma unroll
+    for (int plane = 0; plane < Row / Swizzle; ++plane) at[plane] = tile + place<Row, Swizzle>(key, plane, unit);
+  }
+
+  // From there, where ``unit`` was 0 or 1, to the i-th 32 bytes of the row.
+  template <int Swizzle, int Planes>
+  ATTNKIT_DEVICE static u32 step(const u32 (&at)[Planes], int i) {
     constexpr int Each = Swizzle / 32;
-    return (at ^ (i % Each * 32)) + m * 16 * Swizzle + i / Each * (T * Swizzle);
+    return at[i / Each] ^ (i % Each * 32);
   }
 
   // S^T of this warp's keys: s[m][n] holds keys lane / 4 (+ 8) by rows 2 (lane % 4) (+ 1).
@@ -155,8 +188,9 @@ struct DecodeConsumer {
     float part[Chains][MT][NR][4];
 #pragma unroll
     for (int i = 0; i < Chains * MT * NR * 4; ++i) (&part[0][0][0][0])[i] = 0.f;
-    const int row = key_group * MT * 16 + (lane & 15);
-    const u32 at = k_tile + row * Shape::SwizzleK + swizzled<Shape::SwizzleK>(row, lane >> 4);
+    u32 at[MT][Shape::RowK / Shape::SwizzleK];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) places<Shape::RowK, Shape::SwizzleK>(at[m], k_tile, (key_group * MT + m) * 16 + (lane & 15), lane >> 4);
     const u32 q_row = q_rows + (row_group * NR * 8 + (lane & 7) + (lane >> 4) * 8) * Shape::PitchQ + (lane >> 3 & 1) * 16;
     constexpr int Step = Shape::Bytes ? 2 : 1;
 #pragma unroll
@@ -175,13 +209,13 @@ struct DecodeConsumer {
         u32 a[Step][4];
         if constexpr (Shape::Bytes) {
           u32 r[4];
-          load_matrix_x4(r, step<Shape::SwizzleK>(at, m, k / 2));
+          load_matrix_x4(r, step<Shape::SwizzleK>(at[m], k / 2));
           widen<Shape::KvType, 0, 1, 2, 3>(r[0], a[0][0], a[0][2]);
           widen<Shape::KvType, 0, 1, 2, 3>(r[1], a[0][1], a[0][3]);
           widen<Shape::KvType, 0, 1, 2, 3>(r[2], a[1][0], a[1][2]);
           widen<Shape::KvType, 0, 1, 2, 3>(r[3], a[1][1], a[1][3]);
         } else {
-          load_matrix_x4(a[0], step<Shape::SwizzleK>(at, m, k));
+          load_matrix_x4(a[0], step<Shape::SwizzleK>(at[m], k));
         }
 #pragma unroll
         for (int j = 0; j < Step; ++j) {
@@ -291,14 +325,14 @@ struct DecodeConsumer {
   // O^T += V^T P^T over this warp's keys.
   ATTNKIT_DEVICE void add_values(const u32 (&w)[MT][NR][2], u32 v_tile) {
     if constexpr (Shape::Bytes) {
-      const int row = key_group * MT * 16 + (lane & 15);
-      const u32 at = v_tile + row * Shape::SwizzleV + swizzled<Shape::SwizzleV>(row, lane >> 4);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
+        u32 at[Shape::RowV / Shape::SwizzleV];
+        places<Shape::RowV, Shape::SwizzleV>(at, v_tile, (key_group * MT + m) * 16 + (lane & 15), lane >> 4);
 #pragma unroll
         for (int c = 0; c < Columns; c += 2) {
           u32 r[4], a[2][4];
-          load_matrix_x4_transposed(r, step<Shape::SwizzleV>(at, m, c / 2));
+          load_matrix_x4_transposed(r, step<Shape::SwizzleV>(at, c / 2));
           // a 16-bit transpose of byte pairs: even columns to the upper 8 rows of the tile, odd to the lower
           widen<Shape::KvType, 0, 2, 1, 3>(r[0], a[0][0], a[0][1]);
           widen<Shape::KvType, 0, 2, 1, 3>(r[1], a[0][2], a[0][3]);
@@ -312,14 +346,14 @@ struct DecodeConsumer {
         }
       }
     } else {
-      const int row = key_group * MT * 16 + (lane & 7) + (lane >> 4) * 8;
-      const u32 at = v_tile + row * Shape::SwizzleV + swizzled<Shape::SwizzleV>(row, lane >> 3 & 1);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
+        u32 at[Shape::RowV / Shape::SwizzleV];
+        places<Shape::RowV, Shape::SwizzleV>(at, v_tile, (key_group * MT + m) * 16 + (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
 #pragma unroll
         for (int c = 0; c < Columns; ++c) {
           u32 a[4];
-          load_matrix_x4_transposed(a, step<Shape::SwizzleV>(at, m, c));
+          load_matrix_x4_transposed(a, step<Shape::SwizzleV>(at, c));
 #pragma unroll
           for (int n = 0; n < NR; ++n) mma_16x8x16<Bf16>(sums[c][n], a, w[m][n][0], w[m][n][1]);
         }
@@ -349,7 +383,7 @@ struct DecodeConsumer {
     const bool inside = key0 + T <= piece.length - p.Q + 1 && (p.window == 0 || key0 > piece.length - 1 - p.window);
     if (!inside) mask(s, piece, key0);
     weights(s, w);
-    const u32 v_tile = k_tile + T * Shape::RowK;
+    const u32 v_tile = k_tile + T * Shape::Heads * Shape::RowK;
     if (key0 < piece.low || key0 + T > piece.length) clear_values(piece, key0, v_tile);
     add_values(w, v_tile);
   }
@@ -360,8 +394,9 @@ struct DecodeConsumer {
     for (int i = lane; i < MT * 16 * Units; i += 32) {
       const int row = key_group * MT * 16 + i / Units;
       if (key0 + row >= piece.low && key0 + row < piece.length) continue;
-      const u32 at = v_tile + row * Shape::SwizzleV + i % Units * 16;
-      for (int plane = 0; plane < Planes; ++plane) store_shared_zeros(at + plane * T * Shape::SwizzleV);
+      for (int plane = 0; plane < Planes; ++plane) {
+        store_shared_zeros(v_tile + place<Shape::RowV, Shape::SwizzleV>(row, plane, i % Units));
+      }
     }
     fence_async_shared();  // before TMA writes there again
     __syncwarp();
@@ -399,7 +434,8 @@ struct DecodeConsumer {
       named_barrier(1, Shape::Consumers);
       for (int unit = threadIdx.x; unit < Shape::Rows * Units; unit += Shape::Consumers) {
         const int row = unit / Units, column = (unit - row * Units) * 4;
-        if (row >= output.rows) break;
+        const int n = Shape::row_of(p, row);
+        if (n >= output.rows) continue;
         float4 parts[Shape::WT];
         float2 weights[Shape::WT];
 #pragma unroll
@@ -410,9 +446,9 @@ struct DecodeConsumer {
         Running total;
         total.add(parts, weights);
         if (piece.count == 1) {
-          output.write(row, pass * Shape::MeetColumns + column, total);
+          output.write(n, pass * Shape::MeetColumns + column, total);
         } else {
-          output.store_partial(piece.slot(piece.index), row, pass * Shape::MeetColumns + column, total);
+          output.store_partial(piece.slot(piece.index), n, pass * Shape::MeetColumns + column, total);
         }
       }
       named_barrier(1, Shape::Consumers);

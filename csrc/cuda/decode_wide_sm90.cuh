@@ -14,13 +14,13 @@ template <int D_, int DV_, int KvType_, int CtasPerSm_>
 struct DecodeWideShape {
   static constexpr int D = D_, DV = DV_, KvType = KvType_, CtasPerSm = CtasPerSm_;
   static constexpr bool Bf16 = KvType == kBf16, Wide = true;
+  static constexpr int Heads = 1;
   static constexpr int Rows = 64, T = 64, ElementBytes = 2;
   static constexpr int ConsumerWarps = 4, Consumers = 128, Threads = Consumers + 64;
   static constexpr int RowK = D * 2, RowV = DV * 2, SwizzleK = 128, SwizzleV = 128;
   static constexpr int StageBytes = T * (RowK + RowV), QBytes = Rows * RowK;
-  // One slot for q and none for alignment (dynamic shared memory starts at a multiple of 1024 as it is):
-  // at D = 128 two CTAs with three stages each just fit.
-  static constexpr int QSlots = 1, AlignBytes = 0, FixedBytes = QBytes + 512;
+  static constexpr int QSlots = 1;  // so that at D = 128 two CTAs with three stages each just fit
+  static constexpr int FixedBytes = QBytes + 512;
   static_assert(D % 64 == 0 && DV % 64 == 0, "head size");
 };
 

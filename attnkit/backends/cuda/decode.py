@@ -34,8 +34,8 @@ PARAMS = Fields(
         "q_b", "q_i", "q_h", "out_b", "out_i", "out_h", "pages_b", "k_scale_h", "v_scale_h", "tree_b", "tree_i", "tree_j",
     ),
     ints=(
-        "B", "Q", "Hkv", "G", "page_shift", "table_width", "capacity", "window", "block_rows", "row_blocks", "g_magic",
-        "slots", "stages", "least_tiles", "invariant", "chunk_least", "chunk_most", "io_bf16", "sink_type",
+        "B", "Q", "Hkv", "G", "heads", "page_shift", "table_width", "capacity", "window", "block_rows", "row_blocks", "g_magic",
+        "slots", "stages", "ahead", "least_tiles", "invariant", "chunk_least", "chunk_most", "io_bf16", "sink_type",
     ),
     floats=("scale", "out_scale", "softcap", "softcap_inverse"),
 )  # fmt: skip
@@ -49,6 +49,9 @@ SINK_TYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 4}
 # Batch-invariant calls cut a sequence into chunks of at least 512 keys, at most CHUNKS of them.
 CHUNK_KEYS = 512
 CHUNKS = 64
+
+# Tiles of keys that a CTA asks of L2 while the grid before it still runs.
+AHEAD = 1
 
 
 def _least_tiles_of_chunk(build: Build) -> int:
@@ -73,6 +76,8 @@ def supports(sig: AttentionSig) -> str | None:
     build = build_of(sig, CUDA.default(sig, arch.of(sig.device)))
     if build.stages < 2:
         return f"D is {sig.D} and Dv {sig.Dv}: two tiles do not fit shared memory"
+    if any(build.heads * min(sig.S, build.tile) * d * sig.kv_dtype.itemsize % 128 for d in (sig.D, sig.Dv)):
+        return f"pages of {sig.S} tokens with D {sig.D} and Dv {sig.Dv} are no multiple of 128 bytes"
     if build.wide and max(sig.q_stride[0], 1) * sig.q_dtype.itemsize >= 1 << 40:
         return "q's stride is too large for a tensor map"
     if max(sig.k_stride[:3] + sig.v_stride[:3]) * sig.kv_dtype.itemsize >= 1 << 40:
@@ -84,6 +89,8 @@ def supports(sig: AttentionSig) -> str | None:
 
 def _row_blocks(sig: AttentionSig, build: Build) -> tuple[int, int]:
     """Rows that a CTA takes together, and how many such blocks a KV head has. A wide block holds whole tokens."""
+    if build.heads > 1:
+        return build.heads * sig.G * sig.Q, 1
     rows = build.rows // sig.G * sig.G if build.wide else build.rows
     return rows, -(-sig.G * sig.Q // rows)
 
@@ -101,13 +108,21 @@ def _maps(sig: AttentionSig, build: Build, block_rows: int) -> list[tuple[int, i
     for name, argument, d, stride in (("k_map", "k", sig.D, sig.k_stride), ("v_map", "v", sig.Dv, sig.v_stride)):
         plane = swizzle(d * item)
         page, slot, head = (s * item for s in stride[:3])
-        spec = _map(item, [d, sig.S, sig.Hkv, sig.P], [slot, head, page], [plane // item, min(sig.S, build.tile), 1, 1], plane)
+        planes = d * item // plane
+        box = [plane // item, build.heads, min(sig.S, build.tile), 1, 1 if build.wide else planes]
+        spec = _map(item, [plane // item, sig.Hkv, sig.S, sig.P, planes], [head, slot, page, plane], box, plane)
         maps.append((PARAMS.offsets[name], EACH_CALL.index(argument), spec))
     if build.wide:
         b, i, h = (s * 2 for s in sig.q_stride[:3])
         spec = _map(2, [sig.D, sig.Hq, sig.Q, sig.B], [h, i, b], [64, sig.G, block_rows // sig.G, 1], 128)
         maps.append((PARAMS.offsets["q_map"], EACH_CALL.index("q"), spec))
     return maps
+
+
+def _even(ctas: int, heads: int) -> int:
+    """A few CTAs fewer than ``ctas`` where that cuts heads of equal length alike, so that fewer pieces have to meet."""
+    even = ctas // heads * heads if heads <= ctas else -(-heads // -(-heads // ctas))
+    return even if even * 10 >= ctas * 9 else ctas
 
 
 def prepare(plan: Any) -> None:
@@ -117,17 +132,18 @@ def prepare(plan: Any) -> None:
     block_rows, row_blocks = _row_blocks(sig, build)
     index = index_of(sig.device)
     loaded = kernel(build.variant, build.kernel, index, build.fixed_bytes + build.stages * build.stage_bytes)
-    heads = sig.Hkv * row_blocks
+    heads, G = sig.Hkv // build.heads * row_blocks, sig.G * build.heads
     most_tiles = sig.B * heads * (-(-sig.W * sig.S // build.tile) + 1)
     fits = arch.of(sig.device).sms * build.ctas_per_sm
-    grid = max(1, min(fits * config.grid // 100, most_tiles))
+    grid = max(1, min(_even(fits * config.grid // 100, sig.B * heads), most_tiles))
     slots = sig.B * heads * CHUNKS if sig.batch_invariant else 2 * grid + 2
     q, out = ([s * 2 for s in stride] for stride in (sig.q_stride, sig.out_stride))
     values = {
         "q_b": q[0], "q_i": q[1], "q_h": q[2], "out_b": out[0], "out_i": out[1], "out_h": out[2], "pages_b": sig.pages_stride,
-        "B": sig.B, "Q": sig.Q, "Hkv": sig.Hkv, "G": sig.G, "page_shift": sig.S.bit_length() - 1, "table_width": sig.W,
-        "capacity": sig.W * sig.S, "window": sig.window, "block_rows": block_rows, "row_blocks": row_blocks,
-        "g_magic": -(-(1 << 20) // sig.G), "slots": slots, "stages": build.stages, "least_tiles": config.min_tiles,
+        "B": sig.B, "Q": sig.Q, "Hkv": sig.Hkv // build.heads, "G": G, "heads": build.heads,
+        "page_shift": sig.S.bit_length() - 1, "table_width": sig.W, "capacity": sig.W * sig.S,
+        "window": sig.window, "block_rows": block_rows, "row_blocks": row_blocks, "g_magic": -(-(1 << 20) // G),
+        "slots": slots, "stages": build.stages, "ahead": AHEAD, "least_tiles": config.min_tiles,
         "invariant": int(sig.batch_invariant), "chunk_least": _least_tiles_of_chunk(build), "chunk_most": CHUNKS,
         "io_bf16": int(sig.q_dtype == torch.bfloat16), "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0,
         "scale": sig.scale, "out_scale": sig.out_scale, "softcap": sig.softcap,
@@ -177,10 +193,10 @@ def launch(
 def scratch(plan: Any, stream: int) -> tuple[int, int]:
     """Addresses of the partials and counters; outside a capture they are looked up once a stream (5 us a time)."""
     state, device = plan.state, plan.sig.device
-    if torch.cuda.current_device() != state["index"]:
+    if torch._C._cuda_getDevice() != state["index"]:  # torch.cuda's own names for these two take 0.5 us more
         with torch.cuda.device(state["index"]):  # the question below is about the current device's stream
             return scratch(plan, stream)
-    if torch.cuda.is_current_stream_capturing():
+    if torch._C._cuda_isCurrentStreamCapturing():
         partials = workspace.partials(device, state["partial_bytes"])
         return partials.data_ptr(), workspace.counters(device, state["counters"]).data_ptr()
     held = state["scratch"].get(stream)

@@ -27,6 +27,7 @@ class Build:
     WT: int  # key groups of warps
     MT: int  # 16-key groups a warp has of a tile
     ctas_per_sm: int
+    heads: int = 1  # KV heads that a tile holds
 
     @property
     def wide(self) -> bool:
@@ -50,15 +51,17 @@ class Build:
 
     @property
     def stage_bytes(self) -> int:
-        return self.tile * (self.D + self.Dv) * self.item
+        return self.tile * self.heads * (self.D + self.Dv) * self.item
 
     @property
     def fixed_bytes(self) -> int:
         if self.wide:
             return self.rows * self.D * 2 + 512
         pitch = self.D * 2 + (16 if self.D // 8 % 2 == 0 else 0)
-        columns = min(self.Dv, max(16, 16384 // self.ctas_per_sm // (self.WT * self.rows * 4)))
-        return 1024 + 512 + 2 * self.rows * pitch + self.WT * self.rows * ((columns + 4) * 4 + 8)
+        columns = 16
+        while self.Dv % (2 * columns) == 0 and 2 * columns * self.WT * self.rows * 4 * self.ctas_per_sm * self.heads <= 16384:
+            columns *= 2
+        return 512 + 2 * self.rows * pitch + self.WT * self.rows * ((columns + 4) * 4 + 8)
 
     @property
     def stages(self) -> int:
@@ -67,8 +70,8 @@ class Build:
 
     @property
     def macros(self) -> dict[str, int]:
-        names = ("D", "DV", "KV") if self.wide else ("D", "DV", "KV", "NR", "WR", "WT", "MT")
-        values = (self.D, self.Dv, self.kv, self.NR, self.WR, self.WT, self.MT)
+        names = ("D", "DV", "KV") if self.wide else ("D", "DV", "KV", "NR", "WR", "WT", "MT", "HEADS")
+        values = (self.D, self.Dv, self.kv, self.NR, self.WR, self.WT, self.MT, self.heads)
         return {f"ATTNKIT_{n}": v for n, v in zip(names, values)} | {"ATTNKIT_CTAS": self.ctas_per_sm}
 
     @property
@@ -89,27 +92,32 @@ def swizzle(row_bytes: int) -> int:
     return 128 if row_bytes % 128 == 0 else 64 if row_bytes % 64 == 0 else 32
 
 
-def build_for(D: int, Dv: int, kv: int, rows: int, G: int, ctas_per_sm: int) -> Build:
-    """The build that serves ``rows`` = G x Q rows a KV head.
+def build_for(D: int, Dv: int, kv: int, rows: int, G: int, ctas_per_sm: int, heads: int = 1) -> Build:
+    """The build that serves ``rows`` = G x Q rows a KV head; with ``heads`` = 2 (for up to 8 rows) two heads at a time.
 
     A tile is some 32 KB of keys and values, whatever the row size: that is what keeps the loads long. The
     number of keys in it follows from the shape alone, so it does not change with the config (batch invariance).
     """
-    item = 1 if kv >= 2 else 2
-    wide_rows = D + Dv
-    if rows > 16 and item == 2 and D % 64 == 0 and Dv in (64, 128, 256) and G <= 64:
-        return Build(D, Dv, kv, 0, 0, 0, 0, 2 if wide_rows <= 256 else 1)
-    mt = 2 if wide_rows * item <= 256 else 1
+    if heads > 1:
+        return Build(D, Dv, kv, 1, heads, 2, 2, ctas_per_sm, heads)
+    item, both = 1 if kv >= 2 else 2, D + Dv
+    takes_wide = item == 2 and D % 64 == 0 and Dv in (64, 128, 256) and G <= 64
+    if takes_wide and (rows > 32 or (rows > 16 and both > 256)):
+        return Build(D, Dv, kv, 0, 0, 0, 0, 2 if both <= 256 else 1)
+    mt = 2 if both * item <= 256 else 1
     if rows <= 8:
-        return Build(D, Dv, kv, 1, 1, 4, mt, ctas_per_sm if wide_rows <= 256 else 1)
-    if wide_rows * item > 512:
+        return Build(D, Dv, kv, 1, 1, 4, mt, ctas_per_sm if both <= 256 else 1)
+    if both * item > 512 or (item == 1 and both > 256):
         return Build(D, Dv, kv, 1, 2, 2, 2, 1)
-    return Build(D, Dv, kv, 2, 1, 4, mt, ctas_per_sm if wide_rows <= 256 else 1)
+    if rows <= 16 or both > 256:
+        return Build(D, Dv, kv, 2, 1, 4, mt, ctas_per_sm if both <= 256 else 1)
+    return Build(D, Dv, kv, 2, 2, 2, 2, 2) if ctas_per_sm == 2 else Build(D, Dv, kv, 2, 2, 4, 1, 1)
 
 
 def shipped() -> list[Build]:
-    """Head sizes 64, 128 and 256; up to 8, up to 16 and more query rows a KV head."""
-    shapes = [(D, BF16, rows) for D in (128, 64, 256) for rows in (8, 16, 64)]
-    shapes += [(128, F16, rows) for rows in (8, 16, 64)]
-    shapes += [(128, kv, rows) for kv in (E4M3, INT8) for rows in (8, 16)]
-    return list(dict.fromkeys(build_for(D, D, kv, rows, 4, ctas) for D, kv, rows in shapes for ctas in (2, 1)))
+    """What usual shapes are served by; everything else is compiled on first use."""
+    shapes = [(128, BF16, rows) for rows in (8, 16, 32, 64)]
+    shapes += [(64, BF16, 8), (256, BF16, 8), (128, F16, 8), (128, E4M3, 8), (128, INT8, 8)]
+    builds = [build_for(D, D, kv, rows, 4, ctas) for D, kv, rows in shapes for ctas in (2, 1)]
+    builds += [build_for(D, D, kv, 8, 4, 2, heads=2) for D, kv in ((64, BF16), (128, E4M3), (128, INT8))]
+    return list(dict.fromkeys(builds))
