@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ def generate(
     Exits with status 1 and one line where the checkpoint, an option or a prompt is bad; other prompts still run.
     """
     console = console or Console(highlight=False)
+    notes = _Notes(console)
     try:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        llm = _load(model_dir, dtype, device, console, max_batch=max(1, len(prompts)))
+        llm = _load(model_dir, dtype, device, notes, max_batch=max(1, len(prompts)))
     except (ValueError, TypeError, RuntimeError) as error:  # CheckpointError is a ValueError
         _say_error(console, error)
         raise SystemExit(1) from None
@@ -58,7 +60,8 @@ def generate(
         try:
             if isinstance(stream, RequestError):
                 raise stream
-            count += _print_stream(console, prompt, stream)
+            with notes.after_the_text():
+                count += _print_stream(console, prompt, stream)
         except RequestError as error:
             failed = True
             _say_error(console, error)
@@ -66,6 +69,30 @@ def generate(
     console.print(f"[dim]{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s ({_where(llm)})[/dim]")
     if failed:
         raise SystemExit(1)
+
+
+class _Notes:
+    """Prints the engine's notices, those that come amid a text after it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.held: list[str] | None = None
+
+    def __call__(self, text: str) -> None:
+        if self.held is None:
+            self.console.print(f"[dim]{text}[/dim]")
+        else:
+            self.held.append(text)
+
+    @contextmanager
+    def after_the_text(self) -> Iterator[None]:
+        self.held = []
+        try:
+            yield
+        finally:
+            held, self.held = self.held, None
+            for text in held:
+                self(text)
 
 
 def _print_stream(console: Console, prompt: str, stream: Iterator[StepOutput]) -> int:
@@ -80,9 +107,9 @@ def _print_stream(console: Console, prompt: str, stream: Iterator[StepOutput]) -
     return len(last.token_ids) if last else 0
 
 
-def _load(model_dir: Path, dtype: str, device: str | None, console: Console, **options: Any) -> LLM:
-    with console.status(f"loading {model_dir}"):
-        return LLM(model_dir, dtype=dtype, device=device, notify=lambda text: console.print(f"[dim]{text}[/dim]"), **options)
+def _load(model_dir: Path, dtype: str, device: str | None, notes: _Notes, **options: Any) -> LLM:
+    with notes.console.status(f"loading {model_dir}"):
+        return LLM(model_dir, dtype=dtype, device=device, notify=notes, **options)
 
 
 def _where(llm: LLM) -> str:
@@ -112,7 +139,7 @@ def bench(
     console = console or Console(highlight=False)
     rows: list[dict[str, Any]] = []
     try:
-        llm = _load(model_dir, dtype, device, console, max_batch=max(batch))
+        llm = _load(model_dir, dtype, device, _Notes(console), max_batch=max(batch))
         cases = [(b, p, o) for b in batch for p in prompt for o in output]
         with console.status("warming up") as status:
             for number, (b, p, o) in enumerate(cases):

@@ -27,6 +27,17 @@ def test_generate_prints_prompt_and_continuation(tiny, screen):
     assert "1 of 2" in text and "tokens/s (float32 on cpu)" in text
 
 
+def test_a_notice_amid_the_text_is_printed_after_it(screen):
+    notes = cli._Notes(screen)
+    notes("before")
+    with notes.after_the_text():
+        screen.print("one ", end="")
+        notes("amid")
+        screen.print("text")
+    notes("after")
+    assert shown(screen) == "before\none text\namid\nafter\n"
+
+
 def test_generate_goes_on_after_a_bad_prompt_and_exits_with_1(tiny, screen):
     with pytest.raises(SystemExit) as caught:
         cli.generate(tiny, ["", "abc"], max_tokens=4, device="cpu", console=screen)
