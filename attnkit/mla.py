@@ -10,6 +10,8 @@ from torch import Tensor
 from attnkit import attention, check, registry, settings
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import attention as cpu_attention
+from attnkit.backends.cuda import mla_narrow, mla_wide
+from attnkit.backends.cuda import mla_prefill as cuda_mla_prefill
 from attnkit.backends.triton import mla as triton_mla
 from attnkit.cache import PageTable
 from attnkit.dispatch import PlanCache, make_plan
@@ -17,8 +19,14 @@ from attnkit.roofline import Cost
 from attnkit.signature import MlaSig, RaggedSig
 
 DECODE, PREFILL = "mla_decode", "mla_prefill"
-DECODE_KERNELS = (triton_mla.MLA_DECODE, cpu_attention.MLA_DECODE, torch_ref.MLA_DECODE)
-PREFILL_KERNELS = (triton_mla.MLA_PREFILL, cpu_attention.MLA_PREFILL, torch_ref.MLA_PREFILL)
+DECODE_KERNELS = (
+    mla_narrow.MLA_DECODE,
+    mla_wide.MLA_DECODE,
+    triton_mla.MLA_DECODE,
+    cpu_attention.MLA_DECODE,
+    torch_ref.MLA_DECODE,
+)
+PREFILL_KERNELS = (cuda_mla_prefill.MLA_PREFILL, triton_mla.MLA_PREFILL, cpu_attention.MLA_PREFILL, torch_ref.MLA_PREFILL)
 MAX_QUERIES = 16
 #: DeepSeek's head size before rope: what the absorbed form's default scale needs and cannot see.
 NOPE = 128
@@ -46,7 +54,8 @@ def mla_decode(
     """Absorbed latent attention: every head reads the one latent row of a token (DeepSeek-V2, section 2.1).
 
     q       [B, H, C+R], or [B, Q, H, C+R] for 1 to 16 new tokens: the absorbed query, then its rope part
-    kv      [P, S, C+R]: the latent (C = ``latent`` columns) then the shared rope key, as vLLM lays it out; q's dtype
+    kv      [P, S, C+R]: the latent (C = ``latent`` columns) then the shared rope key, as vLLM lays it out; q's dtype.
+            Or uint8 [P, S, 656], the fp8 cache that write_latent fills (C = 512 and R = 64; q of any dtype)
     table   PageTable(pages [B, W] int32, lens [B] int32); lens counts the new tokens too
     scale   factor on q.k (default 1 / sqrt(128 + R), right for DeepSeek's heads of 128 + 64; the absorbed
             form cannot know the model's own head size, so pass it for other models)
@@ -98,7 +107,11 @@ def _decode_signature(tensors, static) -> MlaSig:
     latent, scale, window, softcap, batch_invariant, _, _ = static
     a = check.Letters(DECODE, q.device)
     a.tensor("q", q, "B Q H C+R", check.FLOATS)
-    a.tensor("kv", kv, "P S C+R", (q.dtype,))
+    fp8 = isinstance(kv, Tensor) and kv.dtype == torch.uint8
+    if fp8:
+        a.tensor("kv", kv, f"P S {attention.LATENT_ROW}", (torch.uint8,))
+    else:
+        a.tensor("kv", kv, "P S C+R", (q.dtype, torch.uint8))
     a.tensor("table.pages", pages, "B W", (torch.int32,))
     a.tensor("table.lens", lens, "B", (torch.int32,))
     n = a.size
@@ -111,6 +124,9 @@ def _decode_signature(tensors, static) -> MlaSig:
     rope = n["C+R"] - latent
     if rope % 16 or not 0 <= rope <= 128:
         raise a.fail("C+R", n["C+R"], f"latent = {latent} plus a multiple of 16 up to 128")
+    if fp8 and (latent, rope) != (attention.LATENT, attention.LATENT_ROPE):
+        wanted = f"{attention.LATENT} + {attention.LATENT_ROPE} with an fp8 cache"
+        raise a.fail("latent and rope sizes", f"{latent} + {rope}", wanted)
     if not 1 <= n["H"] <= 256:
         raise a.fail("H", n["H"], "1 to 256 heads")
     a.bind("C", latent, "latent")
@@ -236,8 +252,8 @@ _prefill_op = registry.define(
 )
 
 
-def decode_cost(lens: list[int], Q: int, H: int, C: int, R: int, kv_bytes: int, q_bytes: int) -> Cost:
-    """Ideal work of mla_decode: each latent row read once for all heads."""
+def decode_cost(lens: list[int], Q: int, H: int, C: int, R: int, row_bytes: int, q_bytes: int) -> Cost:
+    """Ideal work of mla_decode: each latent row of ``row_bytes`` read once for all heads."""
     tokens = sum(lens)
     flops = 2 * Q * H * (2 * C + R) * tokens
-    return Cost(flops=flops, bytes=tokens * (C + R) * kv_bytes + len(lens) * Q * H * (2 * C + R) * q_bytes, kind="bf16")
+    return Cost(flops=flops, bytes=tokens * row_bytes + len(lens) * Q * H * (2 * C + R) * q_bytes, kind="bf16")

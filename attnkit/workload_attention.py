@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnkit import decode, mla, prefill, reference
+from attnkit import attention, decode, mla, prefill, reference
 from attnkit.cache import PageTable
 from attnkit.dispatch import Kernel
 from attnkit.roofline import Cost
@@ -46,6 +46,22 @@ def _table(lens: list[int], S: int, device: torch.device) -> tuple[Tensor, Tenso
         pages[b, :count] = order[start : start + count]
         start += count
     return pages.to(device), torch.tensor(lens, dtype=torch.int32, device=device), total
+
+
+def _latents(P: int, S: int, device: torch.device, empty: bool) -> Tensor:
+    """An fp8 latent cache of normal values."""
+    cache = torch.empty(P, S, attention.LATENT_ROW, dtype=torch.uint8, device=device)
+    if not empty:
+        for piece in cache.split(max(1, (1 << 26) // (S * attention.LATENT_ROW))):
+            n = piece.shape[0] * S
+            latent, rope = torch.randn(n, attention.LATENT, device=device), torch.randn(n, attention.LATENT_ROPE, device=device)
+            reference.write_latent(latent, rope, piece, torch.arange(n, device=device))
+    return cache
+
+
+def _renumbered(pages: Tensor) -> Tensor:
+    """The table of a pool that holds just these pages, in order."""
+    return torch.arange(pages.numel(), dtype=torch.int32, device=pages.device).view(pages.shape)
 
 
 def _cumulative(sizes: list[int], device: torch.device) -> Tensor:
@@ -264,6 +280,7 @@ class MlaDecode(Case):
     R: int = 64
     S: int = 64
     dtype: str = "bf16"
+    kv: str = ""  # "fp8": 656 bytes a token
 
     def letters(self) -> list[str]:
         L = f"L{self.L}" if isinstance(self.L, int) else "Lmixed"
@@ -275,6 +292,7 @@ class MlaDecode(Case):
             *latent,
             f"S{self.S}",
             self.dtype,
+            *([f"kv_{self.kv}"] if self.kv else []),
             *([f"Q{self.Q}"] if self.Q > 1 else []),
         ]
 
@@ -284,7 +302,10 @@ class MlaDecode(Case):
     def build(self, device: torch.device, empty: bool = False) -> Inputs:
         pages, lens, P = _table(_lens(self.B, self.L), self.S, device)
         q = _normal((self.B, self.Q, self.H, self.C + self.R), self.dtype, device, empty)
-        kv = _normal((P, self.S, self.C + self.R), self.dtype, device, empty)
+        if self.kv == "fp8":
+            kv = _latents(P, self.S, device, empty)
+        else:
+            kv = _normal((P, self.S, self.C + self.R), self.dtype, device, empty)
         out = torch.empty(self.B, self.Q, self.H, self.C, dtype=q.dtype, device=device)
         return {"q": q, "kv": kv, "pages": pages, "lens": lens, "out": out}
 
@@ -294,15 +315,19 @@ class MlaDecode(Case):
 
     def cost(self) -> Cost:
         size = DTYPES[self.dtype].itemsize
-        return mla.decode_cost(_lens(self.B, self.L), self.Q, self.H, self.C, self.R, size, size)
+        row = attention.LATENT_ROW if self.kv == "fp8" else (self.C + self.R) * size
+        return mla.decode_cost(_lens(self.B, self.L), self.Q, self.H, self.C, self.R, row, size)
 
     def small(self) -> MlaDecode:
         return sized(self, B=3, L=(self.Q, self.S + 1, 2 * self.S + 3), H=min(self.H, 16))
 
     def truth(self, x: Inputs, index: Tensor, lens: list[int]) -> Tensor:
-        k = x["kv"].unsqueeze(2)
+        kv, pages = x["kv"], x["pages"][index]
+        if self.kv == "fp8":  # only the pages that are looked at: a pool as float32 is large
+            kv, pages = reference.dequantise_latent(kv[pages.flatten().long()], torch.float32), _renumbered(pages)
+        k = kv.unsqueeze(2)
         return reference.paged_attention(
-            x["q"][index].flatten(0, 1), k, k[..., : self.C], x["pages"][index], torch.tensor(lens),
+            x["q"][index].flatten(0, 1), k, k[..., : self.C], pages, torch.tensor(lens),
             torch.arange(len(lens) + 1) * self.Q, scale=(mla.NOPE + self.R) ** -0.5, compute=torch.float32,
         )[0]  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): both forms are shapes of kernels that exist.
 
 Absorbed decode is paged decode with one KV head that all query heads share, where V is the first C columns of K: the
-tile is loaded once and serves both products. Expanded prefill is prefill without pages, with D = 192 in two parts
-(128 + 64) and Dv = 128.
+tile is loaded once and serves both products. A uint8 cache is an fp8 one of 656 bytes a token. Expanded prefill is
+prefill without pages, with D = 192 in two parts (128 + 64) and Dv = 128.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ SPECIMENS = [
     decode.specimen("mla-decode-H128-bf16", _decode(128), "*bf16", "*bf16", decode.Tile(16, 32, 4, 3, 1), _LARGE, parts=34),
     decode.specimen("mla-decode-C256-bf16", _decode(16, 256), "*bf16", "*bf16", _ROWS16),
     decode.specimen("mla-decode-H16-fp32", _decode(16), "*fp32", "*fp32", decode.Tile(16, 16, 4, 2, 1), _NO_HIP),
+    decode.specimen("mla-decode-H16-fp8", _decode(16), "*bf16", "*u8", decode.Tile(16, 64, 8, 3, 1), ("cuda:90", "cuda:100")),
+    decode.specimen(
+        "mla-decode-H128-fp8", _decode(128), "*bf16", "*u8", decode.Tile(16, 64, 8, 3, 1), ("cuda:90", "cuda:100"), parts=34
+    ),
     decode.combine_specimen("mla-combine-H16-bf16", _decode(16), "*bf16", _ROWS16),
     prefill.specimen("mla-prefill-bf16", _prefill(192, 128), "*bf16", "*bf16", prefill.Tile(128, 64, 8, 2, 4), targets=_LARGE),
     prefill.specimen("mla-prefill-M64-bf16", _prefill(192, 128), "*bf16", "*bf16", prefill.Tile(64, 32, 4, 2, 4)),

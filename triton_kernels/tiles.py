@@ -181,6 +181,27 @@ def load_tile(rows, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, ok
 
 
 @device_function
+def latent_tile(rows, C: tl.constexpr, ok, dtype: tl.constexpr, PTX: tl.constexpr):
+    """The latent part of rows of an fp8 latent cache (C e4m3 values, a float32 scale for each 128) as a dot operand."""
+    BN: tl.constexpr = rows.shape[0]
+    BLOCKS: tl.constexpr = C // 128
+    middle: tl.constexpr = tl.bfloat16 if dtype == tl.float32 else dtype
+    bits = load_tile(rows, C, 0, C, ok, True)
+    x = widen(operand(bits.to(tl.float8e4nv, bitcast=True), middle, PTX, False))
+    at = (rows + C).to(tl.pointer_type(tl.float32))
+    scale = tl.load(at[:, None] + tl.arange(0, BLOCKS)[None, :], mask=ok[:, None], other=0.0)
+    x = tl.reshape(x, [BN, BLOCKS, 128]) * tl.expand_dims(scale, 2)
+    return narrow(tl.reshape(x, [BN, C]), dtype)
+
+
+@device_function
+def latent_rope_tile(rows, C: tl.constexpr, R: tl.constexpr, ok, dtype: tl.constexpr):
+    """The rope part of the same rows: R bf16 values after the scales."""
+    at = (rows + (C + C // 32)).to(tl.pointer_type(tl.bfloat16))
+    return narrow(widen(load_tile(at, R, 0, R, ok, True)), dtype)
+
+
+@device_function
 def store_tile(rows, x, D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, ok):
     cols = FROM + tl.arange(0, WIDTH)
     mask = ok[:, None]
@@ -221,10 +242,11 @@ def walk(
 
     q0 [M, D0] and q1 [M, D1] are the two parts of the queries (D = D0 + D1 spares the padding of 80, 96, 192 to
     the next power of two); k, v point at the head's first element of page 0 (or of the sequence's first row where
-    not PAGED). ``floor`` is the lowest key that any row sees. ``scale`` takes q.k to log2 units (with SOFTCAP: to
-    units of the cap, and ``softcap`` back to log2 units); RISING promises that it is positive, which lets it join the
-    subtraction of the maximum. SHARED reads no V: it is K's first part. SWAP computes the transposed products, keys
-    (and value columns) on the side of the tile that tensor cores want large: acc0 is then [DV0, M], acc1 [DV1, M].
+    not PAGED); of uint8 they are rows of an fp8 latent cache. ``floor`` is the lowest key that any row sees. ``scale``
+    takes q.k to log2 units (with SOFTCAP: to units of the cap, and ``softcap`` back to log2 units); RISING promises that
+    it is positive, which lets it join the subtraction of the maximum. SHARED reads no V: it is K's first part. SWAP
+    computes the transposed products, keys (and value columns) on the side of the tile that tensor cores want large: acc0
+    is then [DV0, M], acc1 [DV1, M].
     The page ids of the next tile are fetched a turn ahead, so that the pipeliner sees no chain of loads.
     """
     ONE: tl.constexpr = S % BN == 0
@@ -233,6 +255,7 @@ def walk(
     # From 64 rows on V goes to shared memory as it is converted, and Triton cannot predicate impure code there.
     STAY: tl.constexpr = M < 64
     dtype: tl.constexpr = q0.dtype
+    LATENT8: tl.constexpr = k.dtype.element_ty == tl.uint8
     offs = tl.arange(0, BN)
     if PAGED:
         ids = page_ids(pages, start, offs, floor, L, S, ONE)
@@ -250,13 +273,19 @@ def walk(
         else:
             krow = k + key.to(tl.int64) * k_s
             vrow = v + key.to(tl.int64) * v_s
-        k0 = operand(load_tile(krow, D, 0, D0, ok, MASKED), dtype, PTX, False)
+        if LATENT8:
+            k0 = latent_tile(krow, D0, ok, dtype, PTX)
+        else:
+            k0 = operand(load_tile(krow, D, 0, D0, ok, MASKED), dtype, PTX, False)
         if SWAP:
             s = dot(k0, tl.trans(q0), tl.zeros([BN, M], tl.float32))
         else:
             s = dot(q0, tl.trans(k0), tl.zeros([M, BN], tl.float32))
         if D1 > 0:
-            k1 = operand(load_tile(krow, D, D0, D1, ok, MASKED), dtype, PTX, False)
+            if LATENT8:
+                k1 = latent_rope_tile(krow, D0, D1, ok, dtype)
+            else:
+                k1 = operand(load_tile(krow, D, D0, D1, ok, MASKED), dtype, PTX, False)
             if SWAP:
                 s = dot(k1, tl.trans(q1), s)
             else:

@@ -13,14 +13,14 @@ from attnkit.configs.decode import NAMES, fit, rows_block, tile_smem
 
 
 def decode_smem(config: Any, sig: Any) -> int:
-    size, swap = sig.q_dtype.itemsize, config.swap
-    return tile_smem(
-        config.block_m, config.block_n, config.num_stages, sig.C + sig.R, sig.C, size, size, 90, shared=True, swap=swap
-    )
+    q, kv, swap = sig.q_dtype.itemsize, sig.kv_dtype.itemsize, config.swap
+    size = tile_smem(config.block_m, config.block_n, config.num_stages, sig.C + sig.R, sig.C, q, kv, 90, shared=True, swap=swap)
+    # An fp8 cache's rope part is 16-bit already, and counted as bytes; its tile is kept a second time as operands.
+    return size + (config.block_n * (sig.R * 2 * (q + config.num_stages) + 64) if kv < q else 0)
 
 
 def _resized(config: decode.TritonConfig, sig: Any, arch: Arch) -> decode.TritonConfig:
-    tile = config.block_n * (sig.C + sig.R) * sig.q_dtype.itemsize
+    tile = config.block_n * (sig.C + sig.R) * sig.kv_dtype.itemsize
     return replace(config, ctas=decode.resident(config, tile, decode_smem(config, sig), arch.smem))
 
 
@@ -64,7 +64,8 @@ def decode_candidates(sig: Any, arch: Arch) -> list[decode.TritonConfig]:
 def decode_bucket(sig: Any) -> str:
     size = "invariant" if sig.batch_invariant else f"B{pow2(sig.B)}-L{pow2(sig.W * sig.S)}"
     extra = f"{'-window' if sig.window else ''}{'-softcap' if sig.softcap else ''}{'-tree' if sig.tree_mask else ''}"
-    return f"Q{pow2(sig.Q)}-H{sig.H}-C{sig.C}-R{sig.R}-S{sig.S}-{size}-{NAMES[sig.q_dtype]}{extra}"
+    kind = NAMES[sig.q_dtype] + ("-fp8" if sig.kv_dtype == torch.uint8 else "")
+    return f"Q{pow2(sig.Q)}-H{sig.H}-C{sig.C}-R{sig.R}-S{sig.S}-{size}-{kind}{extra}"
 
 
 def prefill_smem(config: Any, sig: Any) -> int:

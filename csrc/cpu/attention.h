@@ -10,7 +10,8 @@
 
 namespace attnkit {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, e4m3 = 4 };
+// latent8: rows of an fp8 latent cache, 512 e4m3 values, a float for each 128 of them, 64 bf16; only a cache's.
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, e4m3 = 4, latent8 = 5 };
 
 struct Problem {
   DType q_type, kv_type;

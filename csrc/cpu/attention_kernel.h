@@ -131,6 +131,7 @@ struct Scratch {
   uint32_t *q, *k, *v, *prob, *tree;
   float *s, *o, *top, *sum, *alpha;
   int32_t *lo, *hi;
+  char* rows;  // an fp8 latent cache's rows of a tile, widened
   size_t bytes;
 
   template <class T> void take(T*& p, char* base, size_t count) {
@@ -151,6 +152,7 @@ struct Scratch {
     take(lo, base, kMaxRows);
     take(hi, base, kMaxRows);
     take(tree, base, kMaxRows);
+    take(rows, base, p.kv_type == DType::latent8 ? size_t(kTile) * kLatentRow * sizeof(float) : 0);
   }
 };
 
@@ -286,6 +288,7 @@ struct Loaders {
   LoadKeys keys;
   LoadValues values;
   void (*query)(const char* const* rows, int count, int width, int64_t D, uint32_t* tile);
+  void (*widen)(const char* const* rows, int count, char* to, const char** widened);  // null: rows are loaded as they lie
 };
 
 template <class Mac, int L>
@@ -359,8 +362,10 @@ static void attend_rows(const Problem& p, const Task& t, const Task* after, cons
   int now = 0;
   for (int64_t at = t.key_lo; at < t.key_hi; at += kTile, now ^= 1) {
     const int count = tile_keys(t, at), keys = (count + 15) & ~15;
-    loaders.keys(k_rows[now], count, p.D, x.k);
-    loaders.values(v_rows[now], count, keys, p.Dv, x.v);
+    const char* widened[kTile];
+    if (loaders.widen) loaders.widen(k_rows[now], count, x.rows, widened);
+    loaders.keys(loaders.widen ? widened : k_rows[now], count, p.D, x.k);
+    loaders.values(loaders.widen ? widened : v_rows[now], count, keys, p.Dv, x.v);
     const bool last = at + kTile >= t.key_hi;
     const Task* source = last ? after : &t;
     const int next = source ? find_tile(p, *source, last ? after->key_lo : at + kTile, k_rows[now ^ 1], v_rows[now ^ 1]) : 0;
@@ -389,15 +394,16 @@ template <DType T> static Loaders loaders_f32(DType q) {
   auto query = load_query_f32<DType::f32>;
   if (q == DType::bf16) query = load_query_f32<DType::bf16>;
   if (q == DType::f16) query = load_query_f32<DType::f16>;
-  return {load_keys_f32<T>, load_values_f32<T>, query};
+  return {load_keys_f32<T>, load_values_f32<T>, query, nullptr};
 }
 
 static void attend(const Problem& p, const Task& t, const Task* after, char* scratch) {
 #if defined(__AVX512BF16__)
   if (p.q_type == DType::bf16) {
-    Loaders l = {load_keys_bf16<DType::bf16>, load_values_bf16<DType::bf16>, load_query_bf16};
-    if (p.kv_type == DType::i8) l = {load_keys_bf16<DType::i8>, load_values_bf16<DType::i8>, load_query_bf16};
-    if (p.kv_type == DType::e4m3) l = {load_keys_bf16<DType::e4m3>, load_values_bf16<DType::e4m3>, load_query_bf16};
+    Loaders l = {load_keys_bf16<DType::bf16>, load_values_bf16<DType::bf16>, load_query_bf16, nullptr};
+    if (p.kv_type == DType::i8) l = {load_keys_bf16<DType::i8>, load_values_bf16<DType::i8>, load_query_bf16, nullptr};
+    if (p.kv_type == DType::e4m3) l = {load_keys_bf16<DType::e4m3>, load_values_bf16<DType::e4m3>, load_query_bf16, nullptr};
+    if (p.kv_type == DType::latent8) l.widen = widen_latents<DType::bf16>;
     if (t.rows <= 8) return attend_rows<MacBf16, 8>(p, t, after, l, scratch);
     return attend_rows<MacBf16, kLanes>(p, t, after, l, scratch);
   }
@@ -407,6 +413,7 @@ static void attend(const Problem& p, const Task& t, const Task* after, char* scr
   if (p.kv_type == DType::f16) l = loaders_f32<DType::f16>(p.q_type);
   if (p.kv_type == DType::i8) l = loaders_f32<DType::i8>(p.q_type);
   if (p.kv_type == DType::e4m3) l = loaders_f32<DType::e4m3>(p.q_type);
+  if (p.kv_type == DType::latent8) l.widen = widen_latents<DType::f32>;
 #if defined(__AVX512F__)
   if (t.rows <= 8) return attend_rows<MacF32, 8>(p, t, after, l, scratch);
 #endif

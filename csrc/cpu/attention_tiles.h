@@ -145,6 +145,36 @@ static void load_query_bf16(const char* const* rows, int count, int width, int64
 }
 #endif  // __AVX512BF16__
 
+// ---- rows of an fp8 latent cache, which are widened before the loaders see them
+
+constexpr int kLatent = 512, kLatentBlock = 128, kLatentRope = 64, kLatentRow = kLatent + kLatentRope;
+
+static void widen_latent(const char* row, float* to) {
+  for (int b = 0; b < kLatent / kLatentBlock; b++) {
+    float scale;
+    memcpy(&scale, row + kLatent + 4 * b, 4);
+    float* block = to + b * kLatentBlock;
+    row_to_float<DType::e4m3>(row + b * kLatentBlock, block, kLatentBlock);
+    for (int i = 0; i < kLatentBlock; i++) block[i] *= scale;
+  }
+  row_to_float<DType::bf16>(row + kLatent + 4 * (kLatent / kLatentBlock), to + kLatent, kLatentRope);
+}
+
+// Rows as numbers of type T (f32 or bf16), one after the other at ``to``, and where they lie.
+template <DType T> static void widen_latents(const char* const* rows, int count, char* to, const char** widened) {
+  for (int j = 0; j < count; j++) {
+    char* at = to + int64_t(j) * kLatentRow * size_of(T);
+    widened[j] = at;
+    if constexpr (T == DType::f32) {
+      widen_latent(rows[j], (float*)at);
+    } else {
+      float row[kLatentRow];
+      widen_latent(rows[j], row);
+      store_scaled(row, 1.0f, at, T, kLatentRow);
+    }
+  }
+}
+
 static inline int tile_keys(const Task& t, int64_t at) {
   const int64_t left = t.key_hi - at;
   return int(left < 0 ? 0 : (left < kTile ? left : kTile));

@@ -18,6 +18,7 @@ from attnkit.dispatch import Kernel, Plan
 from attnkit.signature import AttentionSig, MlaSig, RaggedSig
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+_LATENT8 = 5
 _MAX_HEAD = 576
 
 #: Which build to run, of ``attnkit._C.cpu_attention_isas()``; empty is the best. Tests set it.
@@ -44,7 +45,8 @@ def _paged_supports(sig: AttentionSig) -> str | None:
 
 
 def _mla_supports(sig: MlaSig) -> str | None:
-    return _supports(sig.device, sig.q_dtype, sig.kv_dtype, sig.C + sig.R, sig.C, sig.Q)
+    kv = sig.q_dtype if sig.kv_dtype == torch.uint8 else sig.kv_dtype
+    return _supports(sig.device, sig.q_dtype, kv, sig.C + sig.R, sig.C, sig.Q)
 
 
 def _ragged_supports(sig: RaggedSig) -> str | None:
@@ -75,7 +77,7 @@ def _mla_kernel(sig: MlaSig) -> Any:
     return _kernel(
         sig, [sig.B, sig.B * sig.Q, sig.Q, sig.H, 1, sig.C + sig.R, sig.C, sig.P, sig.S, sig.W],
         [sig.q_stride[:3], kv, kv, sig.out_stride[:3]],
-        q_type=_CODES[sig.q_dtype], kv_type=_CODES[sig.kv_dtype], pages_stride=sig.pages_stride, out_scale=1.0,
+        q_type=_CODES[sig.q_dtype], kv_type=_CODES.get(sig.kv_dtype, _LATENT8), pages_stride=sig.pages_stride, out_scale=1.0,
         values_in_keys=True,
     )  # fmt: skip
 

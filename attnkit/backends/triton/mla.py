@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnkit import arch, workspace
@@ -17,7 +18,10 @@ from attnkit.signature import MlaSig, RaggedSig
 
 
 def _decode_supports(sig: MlaSig) -> str | None:
-    reason = unsupported(sig.device, sig.q_dtype, sig.kv_dtype)
+    fp8 = sig.kv_dtype == torch.uint8
+    reason = unsupported(sig.device, sig.q_dtype, torch.float8_e4m3fn if fp8 else sig.kv_dtype)
+    if reason is None and fp8 and not sig.aligned:
+        reason = "an fp8 cache whose pointer or strides are not multiples of 16 bytes"
     if reason is None and (sig.C < 16 or sig.C & (sig.C - 1)):
         reason = f"C must be a power of two from 16 on, got {sig.C}"
     if reason is None:

@@ -1,0 +1,160 @@
+// Who reads which keys in the wide latent decode: divided on the device, from lens.
+//
+// All tiles of 64 keys stand in one line, ordered by sequence, then key; each group of CTAs takes an equal share of the
+// line. A group has a cluster for each block of query rows, so that all rows of a sequence read its keys at about the
+// same time. A group goes through its share from the end to the start: what it does first is the first part of a
+// sequence that the next group finishes, so whoever has to wait for a piece waits for one that is done early, and by
+// a CTA with a lower index.
+#pragma once
+#include "ptx_sm90.cuh"
+
+namespace attnkit {
+
+struct alignas(64) MlaMap {
+  u64 words[16];
+};
+
+// Mirrored by attnkit/backends/cuda/mla_wide.py (PARAMS). Strides of out in bytes, of pages in entries.
+struct MlaWideParams {
+  MlaMap q_map;        // (C+R, heads, tokens, B): boxes of 64 columns and 64 rows
+  MlaMap kv_map;       // (C+R, S, P): boxes of 64 columns and box_rows slots of one page
+  const char* q;       // [B, Q, H, C+R]; read through the map
+  const char* kv;      // [P, S, C+R]; read through the map
+  const int* pages;    // [B, W]
+  const int* lens;     // [B]
+  const void* sinks;   // [H]
+  char* out;           // [B, Q, H, C]
+  float* lse;          // [B, Q, H]
+  float* partial;      // [2 * cells, 32, 128] float4 weighted sums, then float2 [2 * cells, 64]: (maximum, sum)
+  int* counters;       // [3, cells]: arrived, left, gave up; zero between launches
+  i64 pages_b, out_b, out_i, out_h;
+  int B, Q, H;
+  int rows;            // Q * H; row n is query token n / H of head n % H
+  int q_heads;         // heads of the map: H, or Q * H where a token's rows follow the one before
+  int page_shift;      // log2 S
+  int box_shift;       // log2 of a box's slots
+  int capacity;        // W * S
+  int window;          // 0: none
+  int row_blocks;      // clusters in a group
+  int groups;
+  int least_tiles;     // a group takes no fewer tiles than this, if there are enough for that
+  int patience;        // how often a CTA asks whether the other pieces have come before it leaves the rest to the last
+  int sink_type;       // Type of sinks
+  float scale, softcap;  // softcap 0: none
+};
+
+// One stretch of keys of one sequence, handled by one group. The producer finds it; tiles = 0 is the end.
+struct MlaPiece {
+  int b;
+  int length;        // L
+  int low;           // first visible key
+  int tile, tiles;   // first tile, in tiles of 64 keys from key 0; how many
+  int index, count;  // which piece of its sequence, and of how many
+  int first;         // the group of piece 0; piece i is group first + i's
+  int early;         // 1: piece 0's group did it first of all and does not wait for the others
+
+  // Two pieces, the first long done when the second is: the second's CTA gets the first's sums like another tile.
+  ATTNKIT_DEVICE bool handed_on() const { return count == 2 && early; }
+  ATTNKIT_DEVICE bool takes_over() const { return handed_on() && index == 1; }
+};
+
+// Used by one whole warp: every lane has the same state.
+struct MlaWalker {
+  static constexpr int T = 64;
+  const MlaWideParams& p;
+  struct State {
+    int group, share, extra;
+    int position, begin;               // what is left of the share, in the line of tiles: [begin, position)
+    int b, start, length, low, tiles;  // the sequence that holds position - 1, and where it starts
+  } state;
+
+  ATTNKIT_DEVICE MlaWalker(const MlaWideParams& params, int group) : p(params) { state.group = group; }
+  ATTNKIT_DEVICE MlaWalker(const MlaWideParams& params, const State& saved) : p(params), state(saved) {}
+
+  // A sequence of length 0 has one tile, all masked: someone must write its output.
+  ATTNKIT_DEVICE static void measure(const MlaWideParams& p, int b, int& length, int& low, int& tiles) {
+    length = min(max(p.lens[b], 0), p.capacity);
+    low = p.window > 0 ? max(0, length - p.Q - p.window + 1) : 0;
+    tiles = max(1, (length + T - 1) / T - low / T);
+  }
+
+  ATTNKIT_DEVICE int tiles_of(int i) const {
+    int n = 0, l, w;
+    if (i < p.B) measure(p, i, l, w, n);
+    return n;
+  }
+
+  ATTNKIT_DEVICE int begin_of(int g) const { return g * state.share + min(g, state.extra); }
+
+  ATTNKIT_DEVICE int owner(int at) const {
+    const int big = state.extra * (state.share + 1), past = at < big ? 0 : big;
+    return (past ? state.extra : 0) + (at - past) / (at < big ? state.share + 1 : state.share);
+  }
+
+  ATTNKIT_DEVICE void place() {
+    const int lane = threadIdx.x & 31;
+    int total = 0, most = 0;
+    for (int b0 = 0; b0 < p.B; b0 += 32) {
+      const int mine = tiles_of(b0 + lane);
+      total += mine;
+      most = max(most, mine);
+    }
+    total = __reduce_add_sync(~0u, total);
+    most = __reduce_max_sync(~0u, most);
+    int used = max(1, min(p.groups, total / p.least_tiles));
+    // Equal sequences are cut into equal pieces where that leaves few groups idle: fewer pieces have to meet.
+    const int over = used % p.B;
+    if (used > p.B && total == most * p.B && over * 16 <= used) used -= over;
+    state.share = total / used;
+    state.extra = total - state.share * used;
+    state.begin = state.group < used ? begin_of(state.group) : total;
+    state.position = state.group < used ? begin_of(state.group + 1) : total;
+    state.b = 0, state.start = 0, state.length = 0, state.low = 0, state.tiles = 0;
+    if (state.position <= state.begin) return;
+    int before = 0;
+    for (int b0 = 0; b0 < p.B; b0 += 32) {
+      const int mine = tiles_of(b0 + lane);
+      int sum = mine;
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += other;
+      }
+      const u32 past = __ballot_sync(~0u, before + sum >= state.position);
+      if (past) {
+        const int at = __ffs(past) - 1;
+        state.b = b0 + at;
+        state.start = __shfl_sync(~0u, before + sum - mine, at);
+        break;
+      }
+      before += __shfl_sync(~0u, sum, 31);
+    }
+    measure(p, state.b, state.length, state.low, state.tiles);
+  }
+
+  ATTNKIT_DEVICE bool next(MlaPiece& piece) {
+    if (state.position <= state.begin) return false;
+    if (state.position == state.start) {  // every sequence has a tile at least
+      --state.b;
+      measure(p, state.b, state.length, state.low, state.tiles);
+      state.start -= state.tiles;
+    }
+    const int from = max(state.start, state.begin);
+    piece.b = state.b;
+    piece.length = state.length;
+    piece.low = state.low;
+    piece.tile = state.low / T + from - state.start;
+    piece.tiles = state.position - from;
+    piece.index = 0, piece.count = 1, piece.first = state.group, piece.early = 0;
+    if (piece.tiles != state.tiles) {
+      piece.first = owner(state.start);
+      piece.index = state.group - piece.first;
+      piece.count = owner(state.start + state.tiles - 1) - piece.first + 1;
+      piece.early = begin_of(piece.first) != state.start;
+    }
+    state.position = from;
+    return true;
+  }
+};
+
+}  // namespace attnkit

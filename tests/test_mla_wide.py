@@ -1,0 +1,102 @@
+"""The latent decode for many query rows: options, page sizes, and how a sequence's pieces meet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attnkit
+from attnkit import PageTable, reference, workspace
+from attnkit.configs import mla_wide_cuda
+from attnkit.configs.mla_wide_cuda import CudaConfig
+from tests import cases, inputs
+from tests.close import assert_close
+
+KERNEL = "cuda_sm90_wide"
+C, R = 512, 64
+BASE = cases.Case(lens=(700, 0, 1, 64, 65, 129, 3000), Hq=128, Hkv=1, D=C + R, S=64, layout="pair")
+CASES = [
+    BASE,
+    replace(BASE, Q=2),
+    replace(BASE, Q=4, lens=(3, 700, 2000), S=32),
+    replace(BASE, Hq=64, S=16),
+    replace(BASE, Hq=40, Q=3),  # a block of 64 rows holds heads of two tokens, the last is not full
+    replace(BASE, Hq=33, S=128),
+    replace(BASE, Hq=192, S=256),
+    replace(BASE, dtype=torch.float16, S=16),
+    replace(BASE, window=100, Q=2),
+    replace(BASE, window=1),
+    replace(BASE, softcap=5.0),
+    replace(BASE, sinks=True),
+    replace(BASE, sinks=True, window=70, softcap=3.0, Q=3, Hq=64),
+    replace(BASE, lens=(200,) * 150),  # more sequences than groups of CTAs
+    replace(BASE, lens=(6000, 5900)),  # fewer
+]
+
+
+def attend(x: inputs.Inputs, **options):
+    kv = x.kv[0][:, :, 0]
+    return attnkit.mla_decode(x.q, kv, x.table, latent=C, return_lse=True, impl=KERNEL, **x.options, **options)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_matches_float64(case):
+    x = inputs.make(case, "cuda")
+    out, lse = attend(x)
+    k = x.kv[0]
+    truths = [
+        reference.paged_attention(
+            x.q.flatten(0, 1), k, k[..., :C], *x.table, x.cu_q, compute=compute, **{**x.clean, "scale": (128 + R) ** -0.5}
+        )
+        for compute in (torch.float64, case.dtype)
+    ]
+    assert_close(out.flatten(0, 1), truths[0][0], truths[1][0])
+    assert_close(lse.flatten(0, 1), truths[0][1], truths[1][1].float(), "lse")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lens", [(6000,), (3000, 2900, 40), (4000,) * 9], ids=len)
+def test_who_does_not_wait_gets_the_same_bits(lens):
+    """With no patience the last piece to come adds up every column; counters are zero again after that."""
+    x = inputs.make(replace(BASE, lens=lens), "cuda")
+    out, lse = attend(x)
+    for _ in range(20):
+        hurried = attend(x, config=CudaConfig(patience=0))
+        assert same_bits(out, hurried[0]) and same_bits(lse, hurried[1])
+    assert all(int(held.count_nonzero()) == 0 for held in workspace._eager_counters.values())
+
+
+@pytest.mark.gpu
+def test_takes_tokens_apart_in_memory():
+    """q [B, Q, H, D] as a view whose tokens do not follow one another, and out likewise."""
+    x = inputs.make(replace(BASE, Q=2), "cuda")
+    want, _ = attend(x)
+    B, Q, H, D = x.q.shape
+    q = torch.empty(B, H, Q, D, dtype=x.q.dtype, device="cuda").transpose(1, 2).copy_(x.q)
+    out = torch.empty(B, H, Q, C, dtype=x.q.dtype, device="cuda").transpose(1, 2)
+    attnkit.mla_decode(q, x.kv[0][:, :, 0], x.table, latent=C, out=out, impl=KERNEL)
+    assert same_bits(out.contiguous(), want)
+
+
+@pytest.mark.gpu
+def test_declines_with_a_reason():
+    q = torch.randn(1, 128, C + R, device="cuda", dtype=torch.bfloat16)
+    kv = torch.randn(4, 8, C + R, device="cuda", dtype=torch.bfloat16)
+    lens = torch.tensor([9], device="cuda", dtype=torch.int32)
+    table = PageTable(torch.arange(4, device="cuda", dtype=torch.int32)[None], lens)
+    with pytest.raises(RuntimeError, match="pages of at least 16 tokens"):
+        attnkit.mla_decode(q, kv, table, impl=KERNEL)
+    with pytest.raises(RuntimeError, match="wanted more than 32 rows"):
+        attnkit.mla_decode(q[:, :32], kv.view(2, 16, C + R), table, impl=KERNEL)
+
+
+def test_a_cluster_is_never_half_idle():
+    for rows, ctas in ((33, 1), (64, 1), (65, 2), (128, 2), (192, 1), (193, 2), (512, 2)):
+        assert mla_wide_cuda.ctas(rows) == ctas
