@@ -7,10 +7,11 @@ from dataclasses import MISSING, fields
 
 from attnkit.workload import DTYPES, Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+from attnkit.workload_quantize import RmsNormQuantize, SiluMulQuantize
 
 CASES: dict[str, type[Case]] = {
     c.op: c
-    for c in (Prefill, Decode, MlaDecode, MlaPrefill, Gemm, Quantize, Sample)  # type: ignore[type-abstract]
+    for c in (Prefill, Decode, MlaDecode, MlaPrefill, Gemm, Quantize, RmsNormQuantize, SiluMulQuantize, Sample)  # type: ignore[type-abstract]
 }
 #: A shape of each op that every kernel of it should serve: what `attnkit info` asks about.
 TYPICAL = {
@@ -20,6 +21,8 @@ TYPICAL = {
     "mla_prefill": "B1-L64-H8",
     "w8a8_gemm": "M16-N256-K256",
     "quantize_per_token": "M16-K256",
+    "rms_norm_quantize": "M16-K256",
+    "silu_mul_quantize": "M16-K256",
     "sample": "B4-V1024-k50-p0.9",
 }
 _WORDS: dict[str, tuple[str, object]] = {
@@ -29,6 +32,7 @@ _WORDS: dict[str, tuple[str, object]] = {
     "softcap": ("softcap", 30.0),
     "penalties": ("penalties", True),
     "bias": ("bias", True),
+    "residual": ("residual", True),
     "greedy": ("temperature", 0.0),
 }
 _LETTERS = {"win": "window", "k": "top_k", "p": "top_p", "minp": "min_p"}

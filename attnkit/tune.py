@@ -25,7 +25,10 @@ from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
 
 #: A config has to beat the default by this much: less is noise, and the default is known to be robust.
 MARGIN = 0.02
-OPS = ("paged_prefill", "paged_decode", "mla_decode", "mla_prefill", "w8a8_gemm", "quantize_per_token", "sample")
+OPS = (
+    "paged_prefill", "paged_decode", "mla_decode", "mla_prefill", "w8a8_gemm", "quantize_per_token", "rms_norm_quantize",
+    "silu_mul_quantize", "sample",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

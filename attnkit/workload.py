@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from attnkit import arch, dispatch, gemm, reference, sampling, timing
+from attnkit import arch, dispatch, gemm, quantize, reference, sampling, timing
 from attnkit.dispatch import Kernel, Plan
 from attnkit.roofline import Cost
 
@@ -175,7 +175,7 @@ class Gemm(Case):
 
     def error(self, x: Inputs, out: Any = None) -> float:
         out = x["out"] if out is None else out
-        rows = _sample(self.M, 64, out.device)
+        rows = sample_rows(self.M, 64, out.device)
         a, a_scale = x["a"][rows], x["a_scale"][rows]
         truth = remembered(x, lambda: reference.w8a8_gemm(a, x["w"], a_scale, x["w_scale"], x["bias"], _wide(self.K)))
         return relative_error(out[rows], truth)
@@ -199,7 +199,7 @@ class Quantize(Case):
         return ["quantize", f"M{self.M}", f"K{self.K}", self.dtype]
 
     def kernels(self) -> tuple[Kernel, ...]:
-        return gemm.QUANTIZE_KERNELS
+        return quantize.KERNELS
 
     def build(self, device: torch.device, empty: bool = False) -> Inputs:
         x = torch.empty(self.M, self.K, dtype=torch.bfloat16, device=device)
@@ -212,20 +212,20 @@ class Quantize(Case):
         data, out, dtype = x["x"], x["out"], DTYPES[self.dtype]
 
         def run() -> Tensor:
-            values, scale = gemm.quantize_per_token(data, dtype=dtype, out=out, impl=impl)
+            values, scale = quantize.quantize_per_token(data, dtype=dtype, out=out, impl=impl, config=config)
             x["scale"] = scale
             return values
 
         return run
 
     def cost(self) -> Cost:
-        return gemm.quantize_cost(self.M, self.K)
+        return quantize.cost(self.M, self.K)
 
     def small(self) -> Quantize:
         return sized(self, M=min(self.M, 17), K=min(self.K, 200))
 
     def error(self, x: Inputs, out: Any = None) -> float:
-        rows = _sample(self.M, 256, x["x"].device)
+        rows = sample_rows(self.M, 256, x["x"].device)
         values, scale = reference.quantize_per_token(x["x"][rows], DTYPES[self.dtype])
         ours = x["out"][rows].float() * x["scale"][rows, None]
         return relative_error(ours, values.float() * scale[:, None])
@@ -248,7 +248,7 @@ def _eight_bit(shape: tuple[int, int], dtype: str, device: torch.device, empty: 
     return (x if empty else x.normal_()).to(torch.float8_e4m3fn)
 
 
-def _sample(n: int, most: int, device: torch.device) -> Tensor:
+def sample_rows(n: int, most: int, device: torch.device) -> Tensor:
     """Up to ``most`` of n rows, the first and the last among them."""
     return torch.linspace(0, n - 1, min(n, most), device=device).round().long().unique()
 
@@ -324,7 +324,7 @@ class Sample(Case):
     def error(self, x: Inputs, out: Any = None) -> float:
         """The share of rows whose token is not the reference's: both draw the same noise."""
         out = x["out"] if out is None else out
-        rows = _sample(self.B, 16, out.device)
+        rows = sample_rows(self.B, 16, out.device)
         off = {name: float(value[0]) for name, value in sampling.OPTIONS.items()}
         options = {k: x[k][rows] if k in x else torch.full((len(rows),), off[k], device=out.device) for k in off}
         options = {k: v.long() if sampling.OPTIONS[k][1] else v for k, v in options.items()}

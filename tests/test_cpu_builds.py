@@ -10,7 +10,7 @@ import torch
 import attnkit
 from attnkit import dispatch
 from attnkit.backends.cpu import attention, native
-from tests import cases, inputs
+from tests import cases, inputs, test_quantize
 from tests.close import assert_close
 
 ATTENTION = ["base", "avx2", "avx512"]
@@ -62,6 +62,13 @@ def test_gemm_and_quantize(level, dtype):
     out = attnkit.w8a8_gemm(a, b, a_scale, b_scale, out_dtype=torch.float32, impl="cpu")
     truth = attnkit.reference.w8a8_gemm(a, b, a_scale, b_scale, None)
     assert_close(out, truth, attnkit.reference.w8a8_gemm(a, b, a_scale, b_scale, None, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "e4m3"])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_fused_quantize(level, x_dtype, dtype):
+    test_quantize.check_rms_norm((5, 275, 8), x_dtype, dtype, "cpu", "cpu", residual=True)
+    test_quantize.check_silu_mul((5, 275, 8), x_dtype, dtype, "cpu", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// w8a8_gemm and quantize_per_token on the CPU: baseline build of the kernels, division of work, registration.
+// w8a8_gemm, quantize_per_token and its fused forms on the CPU: baseline build of the kernels, division of work, registration.
 #include <pybind11/pybind11.h>
 
 #define ATTNKIT_ISA scalar
@@ -133,20 +133,61 @@ void w8a8_gemm(int kind, int out_type, int bias_type, int64_t M, int64_t N, int6
   run_gemm(c, threads, gemm_ops(isa));
 }
 
+// row(m, scratch) over all rows, in runs of about 16k elements: a task must outweigh handing it out. scratch: `floats` floats.
+template <class Body>
+void rows_in_runs(int64_t M, int64_t K, int64_t floats, int threads, const Body& row) {
+  const int64_t run = K > 0 ? (1 << 14) / K + 1 : M;
+  parallel_for((M + run - 1) / run, threads, [&](int64_t i) {
+    float* wide = reinterpret_cast<float*>(thread_scratch().get(size_t(floats) * 4 + 64));
+    for (int64_t m = i * run; m < (i + 1) * run && m < M; ++m) row(m, wide);
+  });
+}
+
+int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 void quantize_per_token(int dtype, int out_type, int64_t M, int64_t K, uintptr_t x, int64_t ldx, uintptr_t out, int64_t ldo,
                         uintptr_t scale, int threads, int isa) {
   const char* in = reinterpret_cast<const char*>(x);
   char* to = reinterpret_cast<char*>(out);
   float* scales = reinterpret_cast<float*>(scale);
   const GemmOps& ops = gemm_ops(isa);
-  const int64_t row = ldx * (dtype == kFloat32 ? 4 : 2);
+  const int64_t row = ldx * bytes_of(dtype);
   py::gil_scoped_release nogil;
-  // Rows in runs of about 16k elements: a task must outweigh handing it out.
-  const int64_t run = K > 0 ? (1 << 14) / K + 1 : M;
-  parallel_for((M + run - 1) / run, threads, [&](int64_t i) {
-    float* wide = reinterpret_cast<float*>(thread_scratch().get(size_t(K) * 4 + 64));
-    for (int64_t m = i * run; m < (i + 1) * run && m < M; ++m)
-      ops.quantise_row(in + m * row, dtype, K, to + m * ldo, out_type, scales + m, wide);
+  rows_in_runs(M, K, K, threads, [&](int64_t m, float* wide) {
+    ops.quantise_row(in + m * row, dtype, K, to + m * ldo, out_type, scales + m, wide);
+  });
+}
+
+// A residual of 0: none.
+void rms_norm_quantize(int dtype, int weight_type, int out_type, int64_t M, int64_t K, uintptr_t x, int64_t ldx, uintptr_t weight,
+                       uintptr_t residual, int64_t ldr, uintptr_t out, int64_t ldo, uintptr_t scale, float eps, int threads,
+                       int isa) {
+  const char* in = reinterpret_cast<const char*>(x);
+  char *to = reinterpret_cast<char*>(out), *sums = reinterpret_cast<char*>(residual);
+  float* scales = reinterpret_cast<float*>(scale);
+  const GemmOps& ops = gemm_ops(isa);
+  const int64_t row = ldx * bytes_of(dtype), residual_row = ldr * bytes_of(dtype);
+  py::gil_scoped_release nogil;
+  Scratch memory;
+  float* w = reinterpret_cast<float*>(memory.get(size_t(K) * 4 + 64));
+  scalar::widen_any(reinterpret_cast<const void*>(weight), weight_type, K, w);
+  rows_in_runs(M, K, K, threads, [&](int64_t m, float* wide) {
+    ops.rms_norm_row(in + m * row, sums ? sums + m * residual_row : nullptr, dtype, w, K, eps, wide);
+    ops.quantise_row(wide, kFloat32, K, to + m * ldo, out_type, scales + m, nullptr);
+  });
+}
+
+void silu_mul_quantize(int dtype, int out_type, int64_t M, int64_t K, uintptr_t x, int64_t ldx, uintptr_t out, int64_t ldo,
+                       uintptr_t scale, int threads, int isa) {
+  const char* in = reinterpret_cast<const char*>(x);
+  char* to = reinterpret_cast<char*>(out);
+  float* scales = reinterpret_cast<float*>(scale);
+  const GemmOps& ops = gemm_ops(isa);
+  const int64_t row = ldx * bytes_of(dtype);
+  py::gil_scoped_release nogil;
+  rows_in_runs(M, K, 2 * K, threads, [&](int64_t m, float* wide) {
+    ops.silu_mul_row(in + m * row, dtype, K, wide);
+    ops.quantise_row(wide, kFloat32, K, to + m * ldo, out_type, scales + m, nullptr);
   });
 }
 
@@ -158,6 +199,8 @@ namespace attnkit {
 void register_cpu_gemm(py::module_& m) {
   m.def("cpu_w8a8_gemm", &cpu::w8a8_gemm);
   m.def("cpu_quantize_per_token", &cpu::quantize_per_token);
+  m.def("cpu_rms_norm_quantize", &cpu::rms_norm_quantize);
+  m.def("cpu_silu_mul_quantize", &cpu::silu_mul_quantize);
   m.def("cpu_isa", [](int wanted) { return static_cast<int>(cpu::pick_isa(wanted)); }, py::arg("wanted") = -1,
         "The instruction set the CPU kernels use: 0 baseline, 1 AVX2, 2 AVX-512.");
 }

@@ -33,6 +33,10 @@ struct GemmOps {
   void (*block)(const GemmCall& call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch);
   // One row: largest magnitude, then quantised values and the scale. `wide` holds K floats.
   void (*quantise_row)(const void* x, int dtype, int64_t K, void* out, int out_type, float* scale, float* wide);
+  // One row before it is quantised, as K floats in `wide`. The norm of x, or of residual + x, which is then the residual.
+  void (*rms_norm_row)(const void* x, void* residual, int dtype, const float* weight, int64_t K, float eps, float* wide);
+  // silu of the first K values times the next K; `wide` holds 2 K floats.
+  void (*silu_mul_row)(const void* x, int dtype, int64_t K, float* wide);
   // n values divided by scale (a null scale: by nothing) into int8 or e4m3, for the KV cache.
   void (*store_row)(const void* x, int dtype, int64_t n, void* out, int out_type, const float* scale);
   // One row of merge_states: wa * a + wb * b, where a weight of 0 silences its part whatever that holds.

@@ -1,4 +1,4 @@
-// The CPU kernels of w8a8_gemm and quantize_per_token, built once an instruction set (the macro ATTNKIT_ISA
+// The CPU kernels of w8a8_gemm, quantize_per_token and its fused forms, built once an instruction set (the macro ATTNKIT_ISA
 // names the namespace). A build gives two micro kernels, for int8 and for e4m3:
 //
 //   MR, NR             largest register tile: MR rows of a by NR rows of w
@@ -93,6 +93,54 @@ static void quantise_row(const void* x, int dtype, int64_t K, void* out, int out
   s = s == 0.0f ? 1.0f : s;
   quantise<true>(row, K, s, out, out_type);
   *scale = s;
+}
+
+static void rms_norm_row(const void* x, void* residual, int dtype, const float* weight, int64_t K, float eps, float* wide) {
+  widen_any(x, dtype, K, wide);
+  if (residual) {
+    const int64_t size = dtype == kFloat32 ? 4 : 2;
+    float other[256];
+    for (int64_t i = 0; i < K; i += 256) {
+      const int64_t n = K - i < 256 ? K - i : 256;
+      char* at = static_cast<char*>(residual) + i * size;
+      widen_any(at, dtype, n, other);
+      for (int64_t j = 0; j < n; ++j) wide[i + j] += other[j];
+      narrow_any(wide + i, n, at, dtype);
+      widen_any(at, dtype, n, wide + i);
+    }
+  }
+  constexpr int64_t kLanes = 16;
+  float lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= K; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) lane[l] += wide[i + l] * wide[i + l];
+  for (; i < K; ++i) lane[i % kLanes] += wide[i] * wide[i];
+  float sum = 0.0f;
+  for (int64_t l = 0; l < kLanes; ++l) sum += lane[l];
+  const float inverse = 1.0f / __builtin_sqrtf(sum / float(K) + eps);
+  for (int64_t k = 0; k < K; ++k) wide[k] = wide[k] * inverse * weight[k];
+}
+
+// Within two units in the last place, for x up to 88; a smaller result than e^-87 counts as that. Free of branches.
+ATTNKIT_INLINE float exp_of(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const uint32_t power = bits_of(n + (12582912.0f + 127.0f)) << 23;  // 2^n: the sum's low bits are n + 127
+  return y * float_of(power);
+}
+
+static void silu_mul_row(const void* x, int dtype, int64_t K, float* wide) {
+  widen_any(x, dtype, 2 * K, wide);
+  for (int64_t k = 0; k < K; ++k) wide[k] = wide[k] / (1.0f + exp_of(-wide[k])) * wide[K + k];
 }
 
 static void store_row(const void* x, int dtype, int64_t n, void* out, int out_type, const float* scale) {
@@ -247,7 +295,7 @@ struct Gemm {
     else
       block_of<E4m3>(c, m0, m1, n0, n1, scratch);
   }
-  static constexpr GemmOps ops{packed_row_bytes, pack_row, block, quantise_row, store_row, merge_row};
+  static constexpr GemmOps ops{packed_row_bytes, pack_row, block, quantise_row, rms_norm_row, silu_mul_row, store_row, merge_row};
 };
 
 }  // namespace attnkit::cpu::ATTNKIT_ISA

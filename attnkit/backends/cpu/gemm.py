@@ -1,4 +1,4 @@
-"""w8a8_gemm and quantize_per_token on the CPU: csrc/cpu/gemm*.
+"""w8a8_gemm on the CPU: csrc/cpu/gemm*.
 
 int8 runs on VNNI dot products (AVX-512), else widened to int16, and is exact; e4m3 is widened to bf16 (AVX-512 with
 bf16 dot products) or float32 on the way and accumulates in float32. A row's bits do not depend on M or its place.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnkit.backends.cpu import native
 from attnkit.dispatch import Kernel, Plan
-from attnkit.signature import GemmSig, QuantSig
+from attnkit.signature import GemmSig
 
 #: The sum of K products of two int8 stays within int32.
 MAX_K = 1 << 17
@@ -39,20 +39,4 @@ def _gemm(plan: Plan, a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, bi
     )  # fmt: skip
 
 
-def _quantize_supports(sig: QuantSig) -> str | None:
-    if sig.dtype not in native.FLOATS:
-        return f"x's dtype is {sig.dtype}, wanted float32, bfloat16 or float16"
-    if sig.out_dtype not in native.QUANTISED:
-        return f"out's dtype is {sig.out_dtype}, wanted int8 or float8_e4m3fn"
-    return native.unsupported(sig.device)
-
-
-def _quantize(plan: Plan, x: Tensor, out: Tensor, scale: Tensor) -> None:
-    native.module().cpu_quantize_per_token(
-        native.CODES[x.dtype], native.CODES[out.dtype], *x.shape, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0),
-        scale.data_ptr(), native.threads(), native.isa,
-    )  # fmt: skip
-
-
 W8A8_GEMM = Kernel("cpu", "cpu", _gemm_supports, _gemm)
-QUANTIZE = Kernel("cpu", "cpu", _quantize_supports, _quantize)

@@ -1,4 +1,4 @@
-"""w8a8_gemm and quantize_per_token in Triton: sm_80 and up, and CPU tensors in its interpreter."""
+"""w8a8_gemm in Triton: sm_80 and up, and CPU tensors in its interpreter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnkit.backends.triton.common import aligned, has_e4m3, why_not
 from attnkit.configs import gemm as configs
 from attnkit.dispatch import Kernel, Plan
 from attnkit.settings import get as settings
-from attnkit.signature import GemmSig, QuantSig
+from attnkit.signature import GemmSig
 
 
 def _gemm_supports(sig: GemmSig) -> str | None:
@@ -51,31 +51,3 @@ def _gemm(plan: Plan, a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, bi
 
 
 W8A8_GEMM = Kernel("triton", "triton", _gemm_supports, _gemm, configs.TRITON)
-
-
-def _quant_supports(sig: QuantSig) -> str | None:
-    return why_not(sig.device)
-
-
-def _bind_quant(plan: Plan, out: Tensor, reusable: bool) -> Any:
-    from attnkit.triton_kernels import quantize
-
-    s = plan.sig
-    int8 = s.out_dtype == torch.int8
-    by_hand = not int8 and not has_e4m3(s.device)
-    launcher = quantize.bind(
-        s.M, s.K, s.x_stride[0], out.stride(0), int8=int8, by_hand=by_hand, reusable=reusable
-    )  # fmt: skip
-    return launcher, by_hand
-
-
-def _quantize(plan: Plan, x: Tensor, out: Tensor, scale: Tensor) -> None:
-    key = "reused" if aligned(x, out, scale) else "fresh"
-    held = plan.state.get(key)
-    if held is None:
-        held = plan.state[key] = _bind_quant(plan, out, key == "reused")
-    launcher, by_hand = held
-    launcher(x, out.view(torch.uint8) if by_hand else out, scale)
-
-
-QUANTIZE = Kernel("triton", "triton", _quant_supports, _quantize)
