@@ -1,4 +1,4 @@
-"""w8a8_gemm, quantize_per_token and quantize_weight: 8-bit matrix products with scales in the epilogue."""
+"""w8a8_gemm: 8-bit matrix products with scales in the epilogue."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from attnkit import check, registry
 from attnkit.attention import call_key
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import gemm as cpu_gemm
+from attnkit.backends.cuda import gemm as cuda_gemm
 from attnkit.backends.triton import gemm as triton_gemm
 from attnkit.dispatch import PlanCache, make_plan
 from attnkit.roofline import Cost
-from attnkit.signature import GemmSig, QuantSig
+from attnkit.signature import GemmSig
 
-GEMM, QUANTIZE = "w8a8_gemm", "quantize_per_token"
-KERNELS = (triton_gemm.W8A8_GEMM, cpu_gemm.W8A8_GEMM, torch_ref.W8A8_GEMM)
-QUANTIZE_KERNELS = (triton_gemm.QUANTIZE, cpu_gemm.QUANTIZE, torch_ref.QUANTIZE)
+GEMM = "w8a8_gemm"
+KERNELS = (cuda_gemm.W8A8_GEMM, triton_gemm.W8A8_GEMM, cpu_gemm.W8A8_GEMM, torch_ref.W8A8_GEMM)
 _GEMM_PLANS = PlanCache()
-_QUANT_PLANS = PlanCache()
 
 
 def w8a8_gemm(
@@ -67,8 +66,8 @@ def _flat_scale(name: str, scale: Tensor) -> Tensor:
 
 def _run_gemm(a, w, a_scale, w_scale, bias, out, impl, config=None) -> None:
     tensors = (a, w, a_scale, w_scale, bias, out)
-    aligned = not (a.data_ptr() | w.data_ptr() | out.data_ptr()) & 15
-    key = call_key(tensors, aligned, (impl, config))
+    operands_aligned = not (a.data_ptr() | w.data_ptr()) & 15
+    key = call_key(tensors, not out.data_ptr() & 15, (impl, config, operands_aligned))
     plan = _GEMM_PLANS.get(key)
     if plan is None:
         plan = _GEMM_PLANS.put(key, make_plan(KERNELS, _gemm_signature(*tensors), impl, config))
@@ -95,9 +94,9 @@ def _gemm_signature(a, w, a_scale, w_scale, bias, out) -> GemmSig:
         raise c.fail("K", n["K"], f"at most {1 << 17} (int8 products in int32)")
     return GemmSig(
         op=GEMM, device=a.device, dtype=a.dtype, out_dtype=out.dtype, M=n["M"], N=n["N"], K=n["K"], a_stride=a.stride(),
-        w_stride=w.stride(), out_stride=out.stride(), aligned=check.aligned16(a, w, out),
-        a_scale_per_token=a_scale.numel() != 1, w_scale_per_channel=w_scale.numel() != 1,
-        bias=None if bias is None else bias.dtype,
+        w_stride=w.stride(), out_stride=out.stride(), operands_aligned=check.aligned16(a, w),
+        aligned=check.aligned16(a, w, out), a_scale_per_token=a_scale.numel() != 1,
+        w_scale_per_channel=w_scale.numel() != 1, bias=None if bias is None else bias.dtype,
     )  # fmt: skip
 
 
@@ -107,66 +106,6 @@ _gemm_op = registry.define(
 )
 
 
-def quantize_per_token(
-    x: Tensor,
-    *,
-    dtype: torch.dtype = torch.int8,
-    out: Tensor | None = None,
-    impl: str | None = None,
-    config: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """x [M, K] (bf16, fp16 or fp32) as ``dtype`` (int8 or float8_e4m3fn) and one float32 scale a row [M].
-
-    scale = amax / 127 (int8) or amax / 448 (e4m3), 1 for a row of zeros; values are divided by it, rounded
-    half to even and clamped. x is about a * scale. A NaN stays in its own row's scale.
-    """
-    if x.dim() != 2:
-        raise ValueError(f"{QUANTIZE}: x's shape is {list(x.shape)}, wanted [M, K]")
-    if out is None:
-        out = x.new_empty(x.shape, dtype=dtype)
-    scale = x.new_empty(x.shape[0], dtype=torch.float32)
-    if config is not None:
-        raise ValueError(f"{QUANTIZE}: takes no config, got {config!r}")
-    (_quant_op if registry.traced(x) else _run_quant)(x, out, scale, impl)
-    return out, scale
-
-
-def quantize_weight(w: Tensor, *, dtype: torch.dtype = torch.int8, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """A Linear's weight [N, K] as int8 or e4m3 with one scale an output channel [N]: what w8a8_gemm takes."""
-    return quantize_per_token(w, dtype=dtype, impl=impl)
-
-
-def _run_quant(x, out, scale, impl) -> None:
-    tensors = (x, out, scale)
-    key = call_key(tensors, not (x.data_ptr() | out.data_ptr()) & 15, (impl,))
-    plan = _QUANT_PLANS.get(key)
-    if plan is None:
-        plan = _QUANT_PLANS.put(key, make_plan(QUANTIZE_KERNELS, _quant_signature(*tensors), impl))
-    check.inference_only(QUANTIZE, x)
-    if scale.numel():
-        plan.launch(plan, *tensors)
-
-
-def _quant_signature(x, out, scale) -> QuantSig:
-    c = check.Letters(QUANTIZE, x.device)
-    c.tensor("x", x, "M K", check.FLOATS)
-    c.tensor("out", out, "M K", check.QUANTISED)
-    if not out.is_contiguous():
-        raise c.fail("out's layout", f"strides {out.stride()}", "contiguous")
-    return QuantSig(
-        op=QUANTIZE, device=x.device, dtype=x.dtype, out_dtype=out.dtype, M=x.shape[0], K=x.shape[1], x_stride=x.stride(),
-        aligned=check.aligned16(x, out),
-    )  # fmt: skip
-
-
-_quant_op = registry.define("quantize_per_token(Tensor x, Tensor(a!) out, Tensor(b!) scale, str? impl) -> ()", _run_quant)
-
-
 def cost(M: int, N: int, K: int, out_bytes: int = 2, kind: str = "int8") -> Cost:
     """Ideal work of one product: both operands and the scales read once, the output written once."""
     return Cost(flops=2 * M * N * K, bytes=M * K + N * K + 4 * (M + N) + M * N * out_bytes, kind=kind)
-
-
-def quantize_cost(M: int, K: int, x_bytes: int = 2) -> Cost:
-    """x read once, the 8-bit copy and the scales written once."""
-    return Cost(flops=2 * M * K, bytes=M * K * (x_bytes + 1) + 4 * M, kind="fp32")
