@@ -10,9 +10,11 @@ from typing import Any
 from attnkit import hook
 from attnkit.cache import PageTable, merge_states, write_kv
 from attnkit.decode import paged_decode
-from attnkit.gemm import quantize_per_token, quantize_weight, w8a8_gemm
+from attnkit.gemm import w8a8_gemm
+from attnkit.latent import write_latent
 from attnkit.mla import mla_decode, mla_prefill
 from attnkit.prefill import paged_prefill
+from attnkit.quantize import quantize_per_token, quantize_weight, rms_norm_quantize, silu_mul_quantize
 from attnkit.sampling import Sampled, sample
 
 __version__ = "0.1.0"
@@ -29,10 +31,13 @@ __all__ = [
     "paged_prefill",
     "quantize_per_token",
     "quantize_weight",
+    "rms_norm_quantize",
     "sample",
+    "silu_mul_quantize",
     "tune",
     "w8a8_gemm",
     "write_kv",
+    "write_latent",
 ]
 
 

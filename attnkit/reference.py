@@ -22,6 +22,30 @@ def dequantise(x: Tensor, scale: Tensor | None, compute: torch.dtype) -> Tensor:
     return (wide * scale.to(wide.dtype)[:, None]).to(compute) if scale is not None else wide
 
 
+def dequantise_latent(rows: Tensor, compute: torch.dtype) -> Tensor:
+    """uint8 [..., 656] of an fp8 latent cache as [..., 576]: 512 e4m3 values by a scale a 128 of them, then 64 of rope."""
+    rows = rows.contiguous()
+    wide = torch.promote_types(torch.float32, compute)
+    values = rows[..., :512].view(torch.float8_e4m3fn).to(wide).unflatten(-1, (4, 128))
+    scales = rows[..., 512:528].contiguous().view(torch.float32).to(wide)
+    latent = (values * scales[..., None]).flatten(-2)
+    return torch.cat([latent, rows[..., 528:].contiguous().view(torch.bfloat16).to(wide)], -1).to(compute)
+
+
+def write_latent(latent: Tensor, rope: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """latent [T, 512] and rope [T, 64] to rows of an fp8 latent cache uint8 [P, S, 656]; slot -1 skips."""
+    keep = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
+    x = latent[keep].float().unflatten(-1, (4, 128))
+    most = x.abs().amax(-1, keepdim=True)
+    scale = most / torch.full_like(most, 448.0)  # a number would make it a product on a GPU
+    scale = torch.where(scale == 0, 1.0, scale).masked_fill(~torch.isfinite(scale), float("nan"))
+    values = (x / scale).clamp(-448.0, 448.0).flatten(-2).to(torch.float8_e4m3fn)
+    parts = (values, scale.squeeze(-1), rope[keep].to(torch.bfloat16))
+    rows = torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+    slot = slots[keep]
+    cache[slot // cache.shape[1], slot % cache.shape[1]] = rows
+
+
 def visible(n: int, L: int, causal: bool, window: int, tree: Tensor | None, device: torch.device) -> Tensor:
     """Which of L keys each of the last n queries may see: bool [n, L]."""
     at = torch.arange(L - n, L, device=device)[:, None]
@@ -188,6 +212,33 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale == 0, 1.0, scale)
     scaled = x / scale[:, None]
     return (scaled.round() if dtype == torch.int8 else scaled).clamp(-top, top).to(dtype), scale
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, compute: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """(y, h) with h = x, or residual + x rounded to x's dtype, and y = h / sqrt(mean(h^2) + eps) * weight in ``compute``."""
+    h = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    wide = h.to(compute)
+    return wide * (wide.square().mean(1, keepdim=True) + eps).rsqrt() * weight.to(compute), h
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, scale, h): the norm in float32, quantised; h is what the residual becomes."""
+    y, h = rms_norm(x, weight, eps, residual, torch.float32)
+    return *quantize_per_token(y, dtype), h
+
+
+def silu_mul(x: Tensor, compute: torch.dtype = torch.float64) -> Tensor:
+    """silu(gate) * up of x [M, 2 K] in ``compute``."""
+    gate, up = x.to(compute).chunk(2, 1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def silu_mul_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return quantize_per_token(silu_mul(x, torch.float32), dtype)
 
 
 def w8a8_gemm(

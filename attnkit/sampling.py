@@ -11,13 +11,14 @@ from torch import Tensor
 from attnkit import check, registry
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import sampling as cpu_sampling
+from attnkit.backends.cuda import sampling as cuda_sampling
 from attnkit.backends.triton import sampling as triton_sampling
 from attnkit.dispatch import PlanCache, make_plan
 from attnkit.roofline import Cost
 from attnkit.signature import SampleSig
 
 OP = "sample"
-KERNELS = (triton_sampling.SAMPLE, cpu_sampling.SAMPLE, torch_ref.SAMPLE)
+KERNELS = (cuda_sampling.SAMPLE, triton_sampling.SAMPLE, cpu_sampling.SAMPLE, torch_ref.SAMPLE)
 _PLANS = PlanCache()
 
 #: option -> (its "off" value, is it a whole number, lowest, highest)

@@ -129,7 +129,8 @@ class GemmSig:
     a_stride: tuple[int, int]
     w_stride: tuple[int, int]
     out_stride: tuple[int, int]
-    aligned: bool
+    operands_aligned: bool  # a and w: base pointers and row strides are multiples of 16 bytes
+    aligned: bool  # out too
     a_scale_per_token: bool  # float32 [M], else [1]
     w_scale_per_channel: bool  # float32 [N], else [1]
     bias: torch.dtype | None
@@ -138,6 +139,37 @@ class GemmSig:
 @dataclass(frozen=True, slots=True)
 class QuantSig:
     """quantize_per_token (and quantize_weight): x [M, K] to int8 or e4m3 with one scale a row."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    M: int
+    K: int
+    x_stride: tuple[int, int]
+    aligned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNormQuantSig:
+    """rms_norm_quantize: the RMSNorm of x [M, K], or of residual + x, to int8 or e4m3 with one scale a row."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    out_dtype: torch.dtype
+    M: int
+    K: int
+    x_stride: tuple[int, int]
+    residual_stride: tuple[int, int] | None  # None: no residual
+    eps: float
+    aligned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SiluMulQuantSig:
+    """silu_mul_quantize: silu(gate) * up of x [M, 2 K] to int8 or e4m3 with one scale a row."""
 
     op: str
     device: torch.device
@@ -202,6 +234,22 @@ class WriteSig:
 
 
 @dataclass(frozen=True, slots=True)
+class WriteLatentSig:
+    """write_latent: latent [T, 512] and rope [T, 64] into slots of an fp8 latent cache uint8 [P, S, 656]."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    T: int
+    P: int
+    S: int
+    latent_stride: tuple[int, ...]
+    rope_stride: tuple[int, ...]
+    cache_stride: tuple[int, ...]  # page, slot, byte
+    aligned: bool  # the cache: its base and every stride but the last are multiples of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
 class MergeSig:
     """merge_states: two partial attentions [..., H, Dv] and their lse [..., H], flattened to rows."""
 
@@ -212,4 +260,16 @@ class MergeSig:
     Dv: int
 
 
-Sig = AttentionSig | MlaSig | RaggedSig | GemmSig | QuantSig | SampleSig | WriteSig | MergeSig
+Sig = (
+    AttentionSig
+    | MlaSig
+    | RaggedSig
+    | GemmSig
+    | QuantSig
+    | RmsNormQuantSig
+    | SiluMulQuantSig
+    | SampleSig
+    | WriteSig
+    | WriteLatentSig
+    | MergeSig
+)

@@ -173,7 +173,7 @@ def test_chi_square_over_a_million_draws(name, options, impl, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("impl", "device"), [p for p in every(KERNELS) if p.id == "triton"])
+@pytest.mark.parametrize(("impl", "device"), [p for p in every(KERNELS) if p.id in ("triton", "cuda_sm90")])
 @pytest.mark.parametrize(("name", "options"), STATISTICS, ids=str)
 def test_chi_square_on_the_gpu(name, options, impl, device):
     assert abs(statistics(impl, device, options, name)) < 5

@@ -59,6 +59,8 @@ def _decode(plan: Plan, q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask
 
 
 def _mla_decode(plan: Plan, q, kv, pages, lens, sinks, tree_mask, out, lse) -> None:
+    if kv.dtype == torch.uint8:
+        kv = reference.dequantise_latent(kv, torch.float32)
     k = kv.unsqueeze(2)
     result = reference.paged_attention(
         q.flatten(0, 1),
@@ -88,6 +90,20 @@ def _quantize(plan: Plan, x, out, scale) -> None:
     scale.copy_(scales)
 
 
+def _rms_norm_quantize(plan: Plan, x, weight, residual, out, scale) -> None:
+    values, scales, total = reference.rms_norm_quantize(x, weight, plan.sig.eps, residual, out.dtype)
+    if residual is not None:
+        residual.copy_(total)
+    out.copy_(values)
+    scale.copy_(scales)
+
+
+def _silu_mul_quantize(plan: Plan, x, out, scale) -> None:
+    values, scales = reference.silu_mul_quantize(x, out.dtype)
+    out.copy_(values)
+    scale.copy_(scales)
+
+
 def _sample(plan: Plan, logits, seeds, options, tokens, valid, logprobs, top_ids) -> None:
     sig, full = plan.sig, dict(options)
     for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
@@ -104,6 +120,10 @@ def _write(plan: Plan, k, v, k_cache, v_cache, slots, k_scale, v_scale) -> None:
     reference.write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
 
+def _write_latent(plan: Plan, latent, rope, cache, slots) -> None:
+    reference.write_latent(latent, rope, cache, slots)
+
+
 def _merge(plan: Plan, out_a, lse_a, out_b, lse_b, out, lse) -> None:
     _put(out, lse, reference.merge_states(out_a, lse_a, out_b, lse_b))
 
@@ -114,6 +134,9 @@ MLA_DECODE = Kernel("torch", "torch", _any, _mla_decode)
 MLA_PREFILL = Kernel("torch", "torch", _any, _mla_prefill)
 W8A8_GEMM = Kernel("torch", "torch", _any, _gemm)
 QUANTIZE = Kernel("torch", "torch", _any, _quantize)
+RMS_NORM_QUANTIZE = Kernel("torch", "torch", _any, _rms_norm_quantize)
+SILU_MUL_QUANTIZE = Kernel("torch", "torch", _any, _silu_mul_quantize)
 SAMPLE = Kernel("torch", "torch", _any, _sample)
 WRITE_KV = Kernel("torch", "torch", _any, _write)
+WRITE_LATENT = Kernel("torch", "torch", _any, _write_latent)
 MERGE = Kernel("torch", "torch", _any, _merge)

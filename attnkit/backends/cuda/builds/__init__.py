@@ -5,10 +5,13 @@ Imports no torch: setup.py reads this where torch may be missing.
 
 from __future__ import annotations
 
-from attnkit.backends.cuda.builds import decode, prefill
+from attnkit.backends.cuda.builds import decode, gemm, mla_narrow, mla_wide, prefill, quantize, sampling
 from attnkit.backends.cuda.images import Variant
+
+#: Modules with a shipped() of their own, besides decode's.
+FAMILIES = (gemm, mla_narrow, mla_wide, prefill, quantize, sampling)
 
 
 def shipped() -> list[Variant]:
     """What setup.py compiles where nvcc is found. Everything else is compiled on first use."""
-    return [*(build.variant for build in decode.shipped()), *prefill.shipped()]
+    return [*(build.variant for build in decode.shipped()), *(v for family in FAMILIES for v in family.shipped())]

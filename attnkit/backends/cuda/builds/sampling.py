@@ -1,0 +1,87 @@
+"""The sampling kernels' builds: macros and shared memory."""
+
+from __future__ import annotations
+
+from attnkit.backends.cuda.images import Variant, variant
+
+#: Types of logits, as in csrc/cuda/convert.cuh.
+BF16, F16, F32 = 0, 1, 4
+THREADS = 256
+TILE = 4 * THREADS
+#: Tokens that a warp of the draw kernel takes at a time, and CTAs of it that share a multiprocessor.
+PIECE = 512
+DRAW_CTAS = 3
+#: sizeof(FilterShared) in csrc/cuda/sample_filter_sm90.cuh; the slice of the row follows it.
+FIXED_BYTES = 6976
+#: What CTA 0 sorts its candidates in, in place of its slice.
+SORT_BYTES = 512 * 16
+MOST_CLUSTER = 16
+#: Up to how many of the highest logits the kernels find by lists.
+MOST_LISTED = 128
+#: Of a slice, if three CTAs are to share a multiprocessor.
+SLICE_TILES = 16
+MOST_SLICE_TILES = (227 * 1024 - FIXED_BYTES) // (4 * TILE)
+
+
+def draw(kind: int, penalised: bool, greedy: bool) -> Variant:
+    """csrc/cuda/sample_draw_sm90.cu: greedy and plain temperature."""
+    values = {
+        "TYPE": kind, "PENALISED": int(penalised), "GREEDY": int(greedy), "CTAS": DRAW_CTAS,
+        "STAGES": draw_stages(kind, penalised),
+    }  # fmt: skip
+    return variant("sample_draw_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+
+
+def _stage_bytes(kind: int, penalised: bool) -> int:
+    return PIECE * ((4 if kind == F32 else 2) + 4 * penalised)
+
+
+def draw_stages(kind: int, penalised: bool) -> int:
+    """Pieces of a warp that are on their way: as DRAW_CTAS rings fit a multiprocessor, 4 at most."""
+    return min(4, (228 * 1024 // DRAW_CTAS - 1536) // (THREADS // 32 * (_stage_bytes(kind, penalised) + 8)))
+
+
+def draw_bytes(kind: int, penalised: bool) -> int:
+    """Ring::kBytes."""
+    return THREADS // 32 * draw_stages(kind, penalised) * (_stage_bytes(kind, penalised) + 8)
+
+
+def filters(kind: int, penalised: bool, ctas: int) -> Variant:
+    """csrc/cuda/sample_filter_sm90.cu: top-k, top-p and min-p."""
+    values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": ctas}
+    return variant("sample_filter_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+
+
+def logprobs(kind: int, ctas: int) -> Variant:
+    """csrc/cuda/sample_logprobs_sm90.cu."""
+    values = {"TYPE": kind, "CTAS": ctas}
+    return variant("sample_logprobs_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+
+
+def cluster(V: int) -> tuple[int, int]:
+    """(CTAs that hold a row, tiles of the largest slice): slices of 64 KB as long as a cluster is large enough."""
+    tiles = -(-V // TILE)
+    size = min(MOST_CLUSTER, -(-tiles // SLICE_TILES))
+    return size, -(-tiles // size)
+
+
+def held_bytes(kind: int, penalised: bool) -> int:
+    """A token in a slice: penalties make floats of 16-bit logits."""
+    return 4 if penalised or kind == F32 else 2
+
+
+def slice_bytes(tiles: int, held: int) -> int:
+    return FIXED_BYTES + max(held * TILE * tiles, SORT_BYTES)
+
+
+def filter_ctas(tiles: int, held: int) -> int:
+    """CTAs of the filter kernel that share a multiprocessor."""
+    return max(1, min(3, 228 * 1024 // (slice_bytes(tiles, held) + 1024)))
+
+
+def shipped() -> list[Variant]:
+    """What common calls ask for: float32 and bf16 logits, slices that let three CTAs share a multiprocessor."""
+    kinds = (F32, BF16)
+    draws = [draw(kind, *how) for kind in kinds for how in ((False, False), (False, True), (True, False))]
+    cuts = [filters(kind, penalised, 3) for kind in kinds for penalised in (False, True)]
+    return [*draws, *cuts, *(logprobs(kind, 3) for kind in kinds)]

@@ -1,0 +1,446 @@
+// top-k, top-p and min-p: a cluster holds a row in its shared memory, so the logits are read from memory once.
+// Here: how a row comes in, and the way for any number of survivors; sample_list_sm90.cuh has the way for few.
+//
+// No cut is looked for: the best draw among all is checked by counting and weighing what precedes it. Where a filter
+// refuses it, so it does everything that follows, and the next best among the tokens before it is tried.
+//
+// Order throughout: by logit after temperature, then by the lower id. The slice holds logits before temperature, so
+// what lies within rounding of a place is looked at again. Sums are taken in an order that depends on V alone.
+#pragma once
+#include "sample_row_sm90.cuh"
+
+namespace attnkit::sampling {
+
+constexpr int kListed = 512;  // candidates of a row, and the room for them
+constexpr int kLocal = 256;   // of a CTA
+constexpr int kMostListed = 128;  // longest top-k by lists
+constexpr int kMostCluster = 16;
+constexpr int kGroups = 4;  // parts in which a slice arrives
+constexpr float kRounding = 4.76837158203125e-07f;  // more than a division and its inverse can move a float
+
+struct Pick {
+  u32 bin, need, equal;
+};
+
+// Shared memory besides the slice of the row. Mirrors FIXED_BYTES in attnkit/backends/cuda/builds/sampling.py.
+struct FilterShared {
+  union {
+    float2 listed[kListed];                         // candidates of all CTAs: logit, id
+    uint4 records[2][kMostCluster * kSampleWarps];  // what warps tell each other otherwise
+  };
+  union {
+    float2 local[kLocal];  // of this CTA
+    u32 counted[2][256];
+    float4 peaks[kSampleThreads / 8];
+  };
+  u64 ready[kGroups];
+  u64 sums[kSampleWarps];
+  float tops[kMostCluster * kSampleWarps];
+  int counts[kMostCluster];
+  float bounds[kMostCluster], masses[kMostCluster];
+  Pick pick;
+  int n_local, kept;
+  u32 reached, top;
+  float bound;
+};
+static_assert(sizeof(FilterShared) == 6976, "FIXED_BYTES");
+
+ATTNKIT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+ATTNKIT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+ATTNKIT_DEVICE u32 cluster_size() {
+  u32 n;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(n));
+  return n;
+}
+
+// The address of the same variable in another CTA of the cluster.
+ATTNKIT_DEVICE u32 remote_address(const void* p, u32 cta) {
+  u32 r;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(smem_address(p)), "r"(cta));
+  return r;
+}
+ATTNKIT_DEVICE void store_remote(u32 to, u32 x) { asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory"); }
+ATTNKIT_DEVICE void store_remote(u32 to, float2 x) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x.x), "f"(x.y) : "memory");
+}
+ATTNKIT_DEVICE void store_remote(u32 to, uint4 x) {
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+ATTNKIT_DEVICE u32 load_remote(u32 from) {
+  u32 x;
+  asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
+
+// A place in the order: tokens before it have a larger logit, or the same and a lower id.
+struct Place {
+  float logit;
+  int id;
+  ATTNKIT_DEVICE bool after(float l, int v) const { return l > logit || (l == logit && v < id); }
+};
+
+template <int Type, bool Penalised>
+struct FilterRow {
+  const SampleParams& p;
+  FilterShared& s;
+  char* const slice;  // tile j of this CTA, four tokens a thread
+  const int b, size, rank, count;
+  const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
+  RowOptions o;
+  u64 seed, offset;
+  i64 top_k;
+  float share, ratio;
+  float top = 0.0f;  // largest logit of the row, after temperature
+  int turn = 0;      // which records are written next
+
+  // Tokens as they are in memory, but for penalties: those make floats of them. Bulk copies bring whole tiles, into
+  // the upper half of the room that floats will take.
+  static constexpr int kItem = Type == kF32 ? 4 : 2;
+  static constexpr int kHeld = Penalised ? 4 : kItem;
+  static constexpr int kTileBytes = kHeld * kSampleTile;
+  static constexpr int kRawAt = (kHeld - kItem) * kSampleTile;
+
+  ATTNKIT_DEVICE int part() const { return (count + kGroups - 1) / kGroups; }
+  ATTNKIT_DEVICE int group_end(int group) const { return min(count, (group + 1) * part()); }
+  ATTNKIT_DEVICE int first_id(int j) const { return (rank + j * size) * kSampleTile + static_cast<int>(threadIdx.x) * 4; }
+
+  // One thread: asks for all of the slice, in groups of part() tiles.
+  ATTNKIT_DEVICE void ask(const RowPointers& r) {
+    const int whole = copied_tokens<Type>(r.logits, p.V);
+    const u64 policy = evict_first_policy();
+#pragma unroll 1
+    for (int group = 0, j = 0; group < kGroups; ++group) {
+      const u32 ready = smem_address(&s.ready[group]);
+      const int end = group_end(group);
+      u32 bytes = 0;
+      for (int i = j; i < end; ++i) bytes += max(0, min(kSampleTile, whole - (rank + i * size) * kSampleTile)) * kItem;
+      mbarrier_arrive_expect(ready, bytes);
+      for (; j < end; ++j) {
+        const int v = (rank + j * size) * kSampleTile, n = min(kSampleTile, whole - v) * kItem;
+        if (n > 0) copy_bulk(smem_address(slice) + j * kTileBytes + kRawAt, r.logits + static_cast<u64>(v) * kItem, n, ready, policy);
+      }
+    }
+  }
+
+  // The four tokens of tile j that are this thread's, as the slice holds them.
+  ATTNKIT_DEVICE void held(int j, float (&x)[4]) const {
+    if constexpr (kHeld == 4) {
+      const float4 four = reinterpret_cast<const float4*>(slice + j * kTileBytes)[threadIdx.x];
+      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    } else {
+      widen_four<Type>(reinterpret_cast<const Raw<Type>*>(slice + j * kTileBytes)[threadIdx.x], x);
+    }
+  }
+
+  // f(x, v) for four tokens of the slice at a time, ``Together`` tiles in a turn: few where f is long, so that it stays in
+  // the innermost instruction cache.
+  template <int Together, class F>
+  ATTNKIT_DEVICE void for_slice(F&& f) const {
+#pragma unroll 1
+    for (int j = 0; j < count; j += Together) {
+      float x[Together][4];
+#pragma unroll
+      for (int u = 0; u < Together; ++u) held(j + u < count ? j + u : j, x[u]);
+#pragma unroll
+      for (int u = 0; u < Together; ++u) {
+        if (j + u < count) f(x[u], first_id(j + u));
+      }
+    }
+  }
+
+  // Takes a group in once it is there: f(x, v) for four of its tokens at a time. Afterwards the slice holds it.
+  template <class F>
+  ATTNKIT_DEVICE void take(const RowPointers& r, int group, F&& f) {
+    const int whole = copied_tokens<Type>(r.logits, p.V), end = group_end(group), step = size * kSampleTile;
+    int j = group * part(), v = first_id(j);
+    Extras e, next;
+    if constexpr (Penalised) load_extras(e, r, v, j < end ? p.V : 0);
+    mbarrier_wait(smem_address(&s.ready[group]), 0);
+#pragma unroll 1
+    for (; j < end; ++j, v += step) {
+      if constexpr (Penalised) load_extras(next, r, v + step, j + 1 < end ? p.V : 0);
+      Raw<Type>* const at = reinterpret_cast<Raw<Type>*>(slice + j * kTileBytes + kRawAt) + threadIdx.x;
+      Raw<Type> raw;
+      if (v < whole) {
+        raw = *at;
+      } else {
+        raw = load_four_guarded<Type>(r.logits, v, p.V);
+        if constexpr (!Penalised) *at = raw;
+      }
+      // Floats overwrite what other threads have yet to read.
+      if constexpr (Penalised && Type != kF32) __syncthreads();
+      float x[4];
+      widen_four<Type>(raw, x);
+      if constexpr (Penalised) {
+        penalise(x, e, r, o, v, p.V);
+        reinterpret_cast<float4*>(slice + j * kTileBytes)[threadIdx.x] = make_float4(x[0], x[1], x[2], x[3]);
+        e = next;
+      }
+      f(x, v);
+    }
+  }
+
+  // ---- what the cluster's warps tell each other ----
+
+  ATTNKIT_DEVICE void tell(uint4 record) {
+    if (lane < size) store_remote(remote_address(&s.records[turn][rank * kSampleWarps + warp], lane), record);
+  }
+
+  // After the barrier that follows: f(record) for this lane's share of all records.
+  template <class F>
+  ATTNKIT_DEVICE void hear(F&& f) {
+    for (int i = lane; i < size * kSampleWarps; i += 32) f(s.records[turn][i]);
+    turn ^= 1;
+  }
+
+  ATTNKIT_DEVICE uint4 record_of(const Draw& draw) const {
+    const u64 mine = draw.packed(), best = warp_max(mine);
+    const u32 holder = __ffs(__ballot_sync(0xffffffffu, mine == best)) - 1;
+    const float raw = __shfl_sync(0xffffffffu, draw.raw, holder);
+    return make_uint4(high_word(best), static_cast<u32>(best), __float_as_uint(raw), 0);
+  }
+
+  // The best of the cluster's draws, and its logit before temperature.
+  ATTNKIT_DEVICE u64 hear_best(float& raw) {
+    u64 best = 0;
+    float x = 0.0f;
+    hear([&](uint4 r) {
+      const u64 packed = static_cast<u64>(r.x) << 32 | r.y;
+      if (packed > best) best = packed, x = __uint_as_float(r.z);
+    });
+    const u64 all = warp_max(best);
+    const u32 holder = __ffs(__ballot_sync(0xffffffffu, best == all)) - 1;
+    raw = __shfl_sync(0xffffffffu, x, holder);
+    return all;
+  }
+
+  ATTNKIT_DEVICE void tell_peak(float peak) {
+    const float most = order_value(__reduce_max_sync(0xffffffffu, order_key(peak)));
+    if (lane < size) store_remote(remote_address(&s.tops[rank * kSampleWarps + warp], lane), __float_as_uint(most));
+  }
+
+  // The row's largest logit before temperature; NaN if there is one.
+  ATTNKIT_DEVICE float hear_peak() {
+    u32 most = 0;
+    for (int i = lane; i < size * kSampleWarps; i += 32) most = max(most, order_key(s.tops[i]));
+    return order_value(__reduce_max_sync(0xffffffffu, most));
+  }
+
+  ATTNKIT_DEVICE void write(int token, bool good) const {
+    if (rank == 0 && threadIdx.x == 0) {
+      p.tokens[b] = token;
+      p.valid[b] = good;
+    }
+  }
+
+  // ---- helpers of a CTA ----
+
+  // Sum of x over the threads before this one; every thread calls.
+  ATTNKIT_DEVICE u32 block_before(u32 x) {
+    u32 sum = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_up_sync(0xffffffffu, sum, step);
+      sum += lane >= step ? other : 0;
+    }
+    if (lane == 31) s.sums[warp] = sum;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kSampleWarps; ++i) sum += i < warp ? static_cast<u32>(s.sums[i]) : 0;
+    return sum - x;
+  }
+
+  ATTNKIT_DEVICE float warp_sum(float x) const {
+#pragma unroll
+    for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+  }
+
+  // ---- the k first tokens, for any k ----
+
+  // The k-th largest key of those that key_of(l, v, key) says count, over the cluster: all its bits by four counts.
+  template <class F>
+  ATTNKIT_DEVICE u32 kth(u32 k, F&& key_of, u32& need, u32& equal) {
+    u32 prefix = 0, mask = 0;
+    need = k;
+#pragma unroll 1
+    for (int shift = 24; shift >= 0; shift -= 8) {
+      u32* const counted = s.counted[shift / 8 & 1];
+      counted[threadIdx.x] = 0;
+      __syncthreads();
+      for_slice<1>([&](const float(&x)[4], int v) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          u32 key;
+          if (key_of(warm(x[i], o), v + i, key) && (key & mask) == prefix) atomicAdd(&counted[key >> shift & 255], 1u);
+        }
+      });
+      cluster_sync();
+      u32 mine = 0;
+      for (int cta = 0; cta < size; ++cta) mine += load_remote(remote_address(&counted[255 - threadIdx.x], cta));
+      const u32 before = block_before(mine);
+      if (before < need && before + mine >= need) s.pick = Pick{255 - threadIdx.x, need - before, mine};
+      __syncthreads();
+      const Pick pick = s.pick;
+      __syncthreads();
+      prefix |= pick.bin << shift;
+      mask |= 255u << shift;
+      need = pick.need;
+      equal = pick.equal;
+    }
+    return prefix;
+  }
+
+  // The place after the k first tokens.
+  ATTNKIT_DEVICE Place after_first(u32 k) {
+    u32 need, equal;
+    const float logit = order_value(kth(k, [](float l, int, u32& key) { key = order_key(l); return true; }, need, equal));
+    if (need >= equal) return Place{logit, 0x7fffffff};
+    u32 a, c;
+    const u32 id = kth(need, [&](float l, int v, u32& key) { key = ~static_cast<u32>(v); return l == logit; }, a, c);
+    return Place{logit, static_cast<int>(~id) + 1};
+  }
+
+  // ---- any number of survivors ----
+
+  // The best draw among the tokens before a place that are at least ``least``, for this warp's record.
+  ATTNKIT_DEVICE uint4 draw_before(const Place& end, float least, const Philox& philox) {
+    __syncthreads();  // all have read the former floor
+    if (threadIdx.x == 0) s.reached = 0;
+    __syncthreads();
+    Draw draw(o.rt, &s.reached);
+    // Logits before temperature below this are out for certain.
+    const float lowest = fminf(fmaxf(least, end.logit) * o.t, kF32Max), low = lowest - fabsf(lowest) * kRounding;
+    for_slice<1>([&](const float(&x)[4], int v) {
+      if (!__any_sync(0xffffffffu, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) >= low)) return;
+      float y[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float l = warm(x[i], o);
+        y[i] = l >= least && end.after(l, v + i) ? x[i] : negative_infinity();
+      }
+      u32 w[4];
+      philox.words(static_cast<u32>(v) >> 2, w);
+      draw.four(y, w, v, [&](float z) { return warm(z, o); });
+    });
+    return record_of(draw);
+  }
+
+  // How many tokens precede ``at`` (``raw`` before temperature), their mass, and the mass of all before ``end``.
+  ATTNKIT_DEVICE void weigh(const Place& at, float raw, const Place& end, u32& before, float& mass, float& whole) {
+    u32 n = 0, near = 0;
+    float sum = 0.0f, all = 0.0f;
+    const float high = raw + fabsf(raw) * kRounding, low = raw - fabsf(raw) * kRounding;
+    const float scale = o.rt * kLog2e, shift = -top * kLog2e;
+    const bool plain = fabsf(top) < 1e5f && scale < 1e5f && end.logit == negative_infinity();
+    if (plain) {
+      for_slice<4>([&](const float(&x)[4], int) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float m = exp2_fast(__fmaf_rn(x[i], scale, shift));
+          all += m;
+          if (x[i] > high) sum += m, ++n;
+          if (x[i] >= low) ++near;
+        }
+      });
+    }
+    // What lies within rounding is compared as it should be, where it is more than the token itself.
+    const int tile = at.id / kSampleTile;
+    const bool own = tile % size == rank && at.id / 4 % kSampleThreads == static_cast<int>(threadIdx.x);
+    if (!plain || near - n > own) {
+      n = 0, sum = 0.0f, all = 0.0f;
+      for_slice<1>([&](const float(&x)[4], int v) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float l = warm(x[i], o), m = exp2_fast((l - top) * kLog2e);
+          if (at.after(l, v + i)) sum += m, ++n;
+          if (end.after(l, v + i)) all += m;
+        }
+      });
+    }
+    n = __reduce_add_sync(0xffffffffu, n);
+    sum = warp_sum(sum);
+    tell(make_uint4(n, __float_as_uint(sum), __float_as_uint(warp_sum(all)), 0));
+    cluster_sync();
+    before = 0, mass = 0.0f, whole = 0.0f;
+    hear([&](uint4 r) { before += r.x, mass += __uint_as_float(r.y), whole += __uint_as_float(r.z); });
+    before = __reduce_add_sync(0xffffffffu, before);
+    mass = warp_sum(mass);
+    whole = warp_sum(whole);
+  }
+
+  // The lowest id of the largest logit, ``peak`` before temperature.
+  ATTNKIT_DEVICE void choose_largest(float peak) {
+    u32 first = ~0u;
+    peak = fminf(peak, kF32Max);
+    for_slice<4>([&](const float(&x)[4], int v) {
+#pragma unroll
+      for (int i = 3; i >= 0; --i) first = fminf(x[i], kF32Max) == peak ? min(first, static_cast<u32>(v + i)) : first;
+    });
+    tell(make_uint4(__reduce_min_sync(0xffffffffu, first), 0, 0, 0));
+    cluster_sync();
+    first = ~0u;
+    hear([&](uint4 r) { first = min(first, r.x); });
+    write(static_cast<int>(__reduce_min_sync(0xffffffffu, first)), true);
+  }
+
+  // Tries the best draw, then the best of those before it, and so on. ``best`` is the first, if it is known.
+  ATTNKIT_DEVICE void draw_and_check(u64 best, float raw, u32 k, float share, float least, const Philox& philox) {
+    const bool by_count = k != 0, by_mass = share < 1.0f;
+    Place end{negative_infinity(), 0};
+    if (by_count && by_mass) end = after_first(k);
+    Place cut = end;
+    float whole = -1.0f;
+    while (true) {
+      if (best == 0) {
+        tell(draw_before(cut, least, philox));
+        cluster_sync();
+        best = hear_best(raw);
+        if (best == 0) break;
+      }
+      if (!by_count && !by_mass) break;
+      const Place at{warm(raw, o), best_id(best)};
+      u32 before;
+      float mass, all;
+      weigh(at, raw, end, before, mass, all);
+      if (whole < 0.0f) whole = all;
+      if (before == 0 || ((!by_count || before < k) && (!by_mass || mass < share * whole))) break;
+      cut = at;
+      best = 0;
+    }
+    write(best == 0 ? 0 : best_id(best), true);
+  }
+};
+
+// A cluster's start: what every thread needs before the row can be read. The row's copies are under way in the end.
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE FilterRow<Type, Penalised> begin_row(const SampleParams& p, char* memory) {
+  FilterShared& s = *reinterpret_cast<FilterShared*>(memory);
+  cluster_arrive();
+  const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+  const int b = static_cast<int>(blockIdx.x) / size;
+  const int tiles = (p.V + kSampleTile - 1) / kSampleTile;
+  FilterRow<Type, Penalised> row{p, s, memory + sizeof(FilterShared), b, size, rank, (tiles - rank + size - 1) / size};
+  if (threadIdx.x < 32 && elect_one()) {
+    for (int i = 0; i < kGroups; ++i) mbarrier_init(smem_address(&s.ready[i]), 1);
+    mbarrier_init_fence();
+    s.n_local = s.kept = 0;
+    s.reached = s.top = 0;
+    s.bound = negative_infinity();
+  }
+  __syncwarp();
+  wait_for_previous_grid();
+  launch_dependents();
+  const RawOptions raw(p, b);
+  row.top_k = option(p.top_k, p.top_k_value, b);
+  row.share = option(p.top_p, p.top_p_value, b);
+  row.ratio = option(p.min_p, p.min_p_value, b);
+  if (threadIdx.x < 32 && elect_one()) row.ask(row_pointers<Type>(p, b));
+  __syncthreads();
+  row.o = raw.use();
+  row.seed = static_cast<u64>(raw.seed), row.offset = static_cast<u64>(raw.offset);
+  return row;
+}
+
+}  // namespace attnkit::sampling

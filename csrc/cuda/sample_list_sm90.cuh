@@ -1,0 +1,343 @@
+// The way for few survivors: each CTA of a row's cluster lists what may be among the k first, and one CTA draws.
+//
+// While the last part of a slice is on its way, the pairs of threads' largest logits so far (peaks) are ranked. As many
+// tokens as peaks are at or above the m-th; with m about twice a CTA's share of k, the largest of all CTAs' bounds has
+// k tokens above it for nearly every row. Where it has not (ties, or most of the k in one CTA), they are counted out.
+#pragma once
+#include "sample_filter_sm90.cuh"
+
+namespace attnkit::sampling {
+
+// A listed token: larger keys come earlier in the order. Masses are integers, so that no order of adding shows.
+struct alignas(16) Candidate {
+  u64 key, mass;
+  ATTNKIT_DEVICE float logit() const { return order_value(static_cast<u32>(key >> 32)); }
+  ATTNKIT_DEVICE int id() const { return best_id(key); }
+};
+constexpr float kMassOne = 1099511627776.0f;  // 2^40
+
+template <int Type, bool Penalised>
+struct ListRow {
+  using Row = FilterRow<Type, Penalised>;
+  Row& row;
+  FilterShared& s;
+  const int size, rank;
+  const int room_log2;  // a CTA's entries in the common list
+  float low = 0.0f;     // what this CTA lists from
+
+  ATTNKIT_DEVICE explicit ListRow(Row& r)
+      : row(r), s(r.s), size(r.size), rank(r.rank), room_log2(r.size <= 2 ? 8 : r.size <= 4 ? 7 : r.size <= 8 ? 6 : 5) {}
+
+  // Puts the slice's tokens that are at least ``from`` on this CTA's own list.
+  ATTNKIT_DEVICE void collect(float from) {
+#pragma unroll 1
+    for (int j = 0; j < row.count; j += 4) {
+      float x[4][4];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) row.held(min(j + u, row.count - 1), x[u]);
+      u32 tiles = 0;
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        if (fmaxf(fmaxf(x[u][0], x[u][1]), fmaxf(x[u][2], x[u][3])) >= from && j + u < row.count) tiles |= 1u << u;
+      }
+#pragma unroll 1
+      for (; tiles != 0; tiles &= tiles - 1) {
+        const int tile = j + __ffs(tiles) - 1;
+        row.held(tile, x[0]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (x[0][i] >= from) append(x[0][i], row.first_id(tile) + i);
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  ATTNKIT_DEVICE void append(float x, int v) {
+    const int at = atomicAdd(&s.n_local, 1);
+    if (at < kLocal) s.local[at] = make_float2(x, __int_as_float(v));
+  }
+
+  // Ranks the peaks; the m-th is the bound.
+  ATTNKIT_DEVICE void find_bound(float peak, int m) {
+    peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
+    const int mine = static_cast<int>(threadIdx.x) / 2, half = static_cast<int>(threadIdx.x) & 1;
+    reinterpret_cast<float*>(s.peaks)[mine] = peak;
+    __syncthreads();
+    int before = 0;
+#pragma unroll 4
+    for (int i = 0; i < kSampleThreads / 16; ++i) {
+      const int at = 2 * i + half;
+      const float4 q = s.peaks[at];
+      before += q.x > peak || (q.x == peak && 4 * at < mine);
+      before += q.y > peak || (q.y == peak && 4 * at + 1 < mine);
+      before += q.z > peak || (q.z == peak && 4 * at + 2 < mine);
+      before += q.w > peak || (q.w == peak && 4 * at + 3 < mine);
+    }
+    before += __shfl_xor_sync(0xffffffffu, before, 1);
+    if (before == m - 1) s.bound = peak;
+    __syncthreads();
+    low = fminf(fmaxf(s.bound, -kF32Max), kF32Max);
+  }
+
+  // Takes the row in and lists it. Returns this thread's largest logit (NaN if there is one).
+  ATTNKIT_DEVICE float load(const RowPointers& r, u32 k) {
+    const int room = 1 << room_log2, share = static_cast<int>((2 * k + size - 1) / size) + 6;
+    const int m = size == 1 ? static_cast<int>(k) : min(share * 3 / 4, room * 5 / 8);
+    float peak = negative_infinity();
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      row.take(r, group, [&](const float(&x)[4], int) {
+        peak = max_nan(peak, max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
+      });
+      if (group == kGroups - 2) find_bound(peak, m);
+    }
+    collect(fmaxf(low - fabsf(low) * kRounding, -kF32Max));
+    return peak;
+  }
+
+  // Gives the list to all CTAs. True if the list surely holds the k first; ``nan`` if the row holds one.
+  ATTNKIT_DEVICE bool share(float peak, u32 k, bool& nan) {
+    const bool mine = __syncthreads_or(peak != peak) != 0;
+    const int found = s.n_local, room = 1 << room_log2;
+    cluster_wait();
+    if (threadIdx.x < size) {
+      store_remote(remote_address(&s.counts[rank], threadIdx.x), static_cast<u32>(found) | (mine ? 0x40000000u : 0u));
+      store_remote(remote_address(&s.bounds[rank], threadIdx.x), __float_as_uint(low));
+    }
+    if (threadIdx.x < min(found, room)) {
+      const float2 one = s.local[threadIdx.x];
+      const float2* const at = &s.listed[(rank << room_log2) + threadIdx.x];
+      for (int cta = 0; cta < size; ++cta) store_remote(remote_address(at, cta), one);
+    }
+    cluster_sync();
+    bool fits = true;
+    float bound = -kF32Max;
+    nan = false;
+    for (int i = 0; i < size; ++i) {
+      const int n = s.counts[i];
+      nan = nan || (n & 0x40000000) != 0;
+      fits = fits && n <= room;
+      bound = fmaxf(bound, s.bounds[i]);
+    }
+    low = bound;
+    int above = 0;
+    u32 top = 0;
+    for (int i = threadIdx.x; i < size << room_log2; i += kSampleThreads) {
+      const float x = s.listed[i].x;
+      const bool is = (i & (room - 1)) < s.counts[i >> room_log2];
+      above += is && x >= bound;
+      top = is ? max(top, order_key(x)) : top;
+    }
+    top = __reduce_max_sync(0xffffffffu, top);
+    above = __reduce_add_sync(0xffffffffu, above);
+    if (row.lane == 0) {
+      atomicMax(&s.top, top);
+      atomicAdd(&s.kept, above);
+    }
+    __syncthreads();
+    const u32 most = s.top;
+    row.top = most == 0 ? negative_infinity() : warm(order_value(most), row.o);
+    above = s.kept;
+    // The sorting CTA takes one candidate a thread; a few more come for rounding's sake.
+    return nan || (fits && above <= kSampleThreads - 16 && (above >= static_cast<int>(k) || bound == -kF32Max));
+  }
+
+  // Lists exactly the k first, k at most kLocal; one after the other. Their number is the sum of counts.
+  ATTNKIT_DEVICE void count_out(u32 k) {
+    const Place end = row.after_first(k);
+    if (threadIdx.x == 0) s.n_local = 0, s.top = 0;
+    cluster_sync();  // others may be reading the counts that lie where the list will
+    row.template for_slice<1>([&](const float(&x)[4], int v) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (end.after(warm(x[i], row.o), v + i)) append(x[i], v + i);
+      }
+    });
+    __syncthreads();
+    const int found = s.n_local;
+    if (threadIdx.x < size) store_remote(remote_address(&s.counts[rank], threadIdx.x), static_cast<u32>(found));
+    cluster_sync();
+    int first = 0;
+    for (int i = 0; i < rank; ++i) first += s.counts[i];
+    u32 top = 0;
+    if (threadIdx.x < found) {
+      const float2 one = s.local[threadIdx.x];
+      for (int cta = 0; cta < size; ++cta) store_remote(remote_address(&s.listed[first + threadIdx.x], cta), one);
+    }
+    cluster_sync();
+    int n = 0;
+    for (int i = 0; i < size; ++i) n += s.counts[i];
+    if (threadIdx.x < n) top = order_key(s.listed[threadIdx.x].x);
+    top = __reduce_max_sync(0xffffffffu, top);
+    if (row.lane == 0) atomicMax(&s.top, top);
+    __syncthreads();
+    row.top = warm(order_value(s.top), row.o);
+    low = -kF32Max;
+  }
+
+  // CTA 0: the candidates in the slice's memory, those below the bound left out. Returns their number.
+  ATTNKIT_DEVICE int gather(bool apart) {
+    Candidate* const candidates = reinterpret_cast<Candidate*>(row.slice);
+    if (threadIdx.x == 0) s.kept = 0;
+    __syncthreads();
+    int n = kListed;
+    if (!apart) {
+      n = 0;
+      for (int i = 0; i < size; ++i) n += s.counts[i];
+    }
+    const float from = fmaxf(low - fabsf(low) * kRounding, -kF32Max);
+    for (int i = threadIdx.x; i < min(n, apart ? size << room_log2 : kListed); i += kSampleThreads) {
+      const float2 one = s.listed[i];
+      const bool is = !apart || (i & ((1 << room_log2) - 1)) < s.counts[i >> room_log2];
+      if (is && one.x >= from) {
+        const float logit = warm(one.x, row.o);
+        const float mass = exp2_fast((logit - row.top) * kLog2e);
+        const int at = atomicAdd(&s.kept, 1);
+        if (at < kSampleThreads) candidates[at] = Candidate{pack_best(logit, __float_as_int(one.y)), static_cast<u64>(mass * kMassOne)};
+      }
+    }
+    __syncthreads();
+    return min(s.kept, kSampleThreads);
+  }
+
+  // How many candidates precede this thread's (number threadIdx.x / Lanes), and their mass, by Lanes threads together.
+  template <int Lanes>
+  ATTNKIT_DEVICE void rank_one(int n, u64 key, u32& before, u64& mass) const {
+    const Candidate* const candidates = reinterpret_cast<const Candidate*>(row.slice);
+    before = 0, mass = 0;
+#pragma unroll 8
+    for (int j = static_cast<int>(threadIdx.x) % Lanes; j < n; j += Lanes) {
+      const ulonglong2 q = *reinterpret_cast<const ulonglong2*>(&candidates[j]);
+      if (q.x > key) mass += q.y, ++before;
+    }
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) {
+      before += __shfl_xor_sync(0xffffffffu, before, step);
+      mass += __shfl_xor_sync(0xffffffffu, mass, step);
+    }
+  }
+
+  // CTA 0: f(candidate, how many precede it, their mass) in one thread for each of n candidates, n at most 256.
+  template <class F>
+  ATTNKIT_DEVICE void rank_all(int n, F&& f) const {
+    const int lanes = n <= kSampleThreads / 4 ? 4 : n <= kSampleThreads / 2 ? 2 : 1;
+    const int i = static_cast<int>(threadIdx.x) / lanes;
+    const Candidate mine = reinterpret_cast<const Candidate*>(row.slice)[min(i, n - 1)];
+    u32 before;
+    u64 mass;
+    if (lanes == 4) {
+      rank_one<4>(n, mine.key, before, mass);
+    } else if (lanes == 2) {
+      rank_one<2>(n, mine.key, before, mass);
+    } else {
+      rank_one<1>(n, mine.key, before, mass);
+    }
+    if (i < n && static_cast<int>(threadIdx.x) % lanes == 0) f(mine, before, mass);
+  }
+
+  // CTA 0: the sum over its threads, below 2^49.
+  ATTNKIT_DEVICE u64 block_sum(u64 x) {
+    const u64 low24 = __reduce_add_sync(0xffffffffu, static_cast<u32>(x) & 0xffffffu);
+    const u64 high = __reduce_add_sync(0xffffffffu, static_cast<u32>(x >> 24));
+    if (row.lane == 0) s.sums[row.warp] = low24 + (high << 24);
+    __syncthreads();
+    u64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < kSampleWarps; ++i) sum += s.sums[i];
+    __syncthreads();
+    return sum;
+  }
+
+  // CTA 0: draws among the k first that top-p and min-p let pass.
+  ATTNKIT_DEVICE void draw(int n, u32 k, float share, float least, const Philox& philox) {
+    u64 mass = 0, before = 0, best = 0;
+    bool first = false;
+    rank_all(n, [&](const Candidate& c, u32 ahead, u64 heavier) {
+      if (ahead < k) {
+        mass = c.mass, before = heavier, first = ahead == 0;
+        best = c.logit() >= least ? pack_best(noisy(c.logit(), philox.word(c.id())), c.id()) : 0;
+      }
+    });
+    const double target = static_cast<double>(share) * static_cast<double>(block_sum(mass));
+    if (!first && share < 1.0f && static_cast<double>(before) >= target) best = 0;
+    best = warp_max(best);
+    if (row.lane == 0) s.sums[row.warp] = best;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 1; i < kSampleWarps; ++i) best = max(best, s.sums[i]);
+      row.write(best_id(best), true);
+    }
+  }
+};
+
+// The kernel for top-k, top-p and min-p.
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
+  extern __shared__ __align__(128) char memory[];
+  auto row = begin_row<Type, Penalised>(p, memory);
+  const int rank = row.rank;
+  const RowPointers pointers = row_pointers<Type>(p, row.b);
+  const u32 k = row.top_k > 0 && row.top_k < p.V ? static_cast<u32>(row.top_k) : 0;
+  const float share = row.share, ratio = row.ratio;
+  const Philox philox(row.seed, row.offset);
+  if (k != 0 && k <= kMostListed && !row.o.cold) {
+    ListRow<Type, Penalised> list(row);
+    const float peak = list.load(pointers, k);
+    bool nan;
+    const bool apart = list.share(peak, k, nan);
+    if (nan || row.top == negative_infinity()) {
+      row.write(0, false);
+      return;
+    }
+    if (!apart) list.count_out(k);
+    if (rank != 0) return;
+    const int n = list.gather(apart);
+    list.draw(n, k, share, ratio > 0.0f ? __fadd_rn(row.top, logf(ratio)) : -kF32Max, philox);
+    return;
+  }
+
+  // Where the first draw can be made from all tokens it is made as they are read.
+  const bool early = !row.o.cold && ratio <= 0.0f && (k == 0 || share >= 1.0f);
+  float peak = negative_infinity();
+  if (early) {
+    Draw draw(row.o.rt, &row.s.reached);
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      row.take(pointers, group, [&](const float(&x)[4], int v) {
+        peak = max_nan(peak, max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
+        u32 w[4];
+        philox.words(static_cast<u32>(v) >> 2, w);
+        draw.four(x, w, v, [&](float y) { return warm(y, row.o); });
+      });
+    }
+    cluster_wait();
+    row.tell(row.record_of(draw));
+  } else {
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      row.take(pointers, group, [&](const float(&x)[4], int) {
+        peak = max_nan(peak, max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
+      });
+    }
+    cluster_wait();
+  }
+  row.tell_peak(peak);
+  cluster_sync();
+  peak = row.hear_peak();
+  row.top = warm(peak, row.o);
+  if (!(row.top > negative_infinity())) {
+    row.write(0, false);
+    return;
+  }
+  if (row.o.cold) {
+    row.choose_largest(peak);
+    return;
+  }
+  float raw = 0.0f;
+  const u64 best = early ? row.hear_best(raw) : 0;
+  row.draw_and_check(best, raw, k, share, ratio > 0.0f ? __fadd_rn(row.top, logf(ratio)) : -kF32Max, philox);
+}
+
+}  // namespace attnkit::sampling

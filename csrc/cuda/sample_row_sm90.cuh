@@ -1,0 +1,414 @@
+// What the sampling kernels share: a row's options, its logits four at a time with penalties and temperature,
+// and the noise: Philox4x32-10 (Salmon et al., SC 2011) keyed by seed, counted by token and offset, then Gumbel-max.
+#pragma once
+#include "convert.cuh"
+
+namespace attnkit::sampling {
+
+constexpr int kSampleThreads = 256;
+constexpr int kSampleWarps = kSampleThreads / 32;
+constexpr int kSampleTile = 4 * kSampleThreads;  // tokens: four neighbours a thread
+constexpr float kF32Max = 3.4028234663852886e38f;
+
+// Mirrors PARAMS in attnkit/backends/cuda/sampling.py. Strides are bytes between rows.
+struct SampleParams {
+  const char* logits;
+  const i64* seeds;
+  const char* counts;
+  const char* prompt;
+  const char* bias;
+  const char* allowed;
+  const float* temperature;
+  const i64* top_k;
+  const float* top_p;
+  const float* min_p;
+  const float* repetition;
+  const float* presence;
+  const float* frequency;
+  const i64* offset;
+  i64* tokens;
+  u8* valid;
+  int* state;
+  float* chosen;
+  i64* top_ids;
+  i64 logits_b, counts_b, prompt_b, bias_b, allowed_b;
+  i64 offset_value, top_k_value;
+  int B, V, tiles, columns;
+  float temperature_value, top_p_value, min_p_value, repetition_value, presence_value, frequency_value;
+};
+
+ATTNKIT_DEVICE u32 lane_id() { return threadIdx.x & 31; }
+
+// The larger; NaN if either is.
+ATTNKIT_DEVICE float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+// u32 that orders as x does; both zeros are one. 0 is below every number.
+ATTNKIT_DEVICE u32 order_key(float x) {
+  const u32 bits = __float_as_uint(x + 0.0f);
+  return bits ^ (static_cast<u32>(static_cast<int>(bits) >> 31) | 0x80000000u);
+}
+
+ATTNKIT_DEVICE float order_value(u32 key) {
+  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// Larger for the larger score, then for the lower id. 0: no token. All ones: a NaN was seen.
+ATTNKIT_DEVICE u64 pack_best(float score, int id) {
+  return static_cast<u64>(order_key(score)) << 32 | (0xffffffffu - static_cast<u32>(id));
+}
+ATTNKIT_DEVICE int best_id(u64 best) { return static_cast<int>(0xffffffffu - static_cast<u32>(best)); }
+constexpr u64 kNaNSeen = ~0ull;
+
+ATTNKIT_DEVICE u64 warp_max(u64 x) {
+  const u32 high = static_cast<u32>(x >> 32), most = __reduce_max_sync(0xffffffffu, high);
+  return static_cast<u64>(most) << 32 | __reduce_max_sync(0xffffffffu, high == most ? static_cast<u32>(x) : 0u);
+}
+
+// ---- logits ----
+
+// A row's numbers, from tensors where those come.
+struct RowOptions {
+  float t, rt, repetition, rr, presence, frequency;  // rt, rr: reciprocals
+  bool cold, tempered;
+};
+
+// An option of row b, without a branch: all of a row's loads are under way together, before those of its logits.
+ATTNKIT_DEVICE float option(const float* p, float value, int b) {
+  asm volatile("{\n.reg .pred given;\nsetp.ne.u64 given, %1, 0;\n@given ld.global.f32 %0, [%2];\n}" : "+f"(value) : "l"(p), "l"(p + b));
+  return value;
+}
+ATTNKIT_DEVICE i64 option(const i64* p, i64 value, int b) {
+  asm volatile("{\n.reg .pred given;\nsetp.ne.u64 given, %1, 0;\n@given ld.global.s64 %0, [%2];\n}" : "+l"(value) : "l"(p), "l"(p + b));
+  return value;
+}
+
+// The same as they are in memory.
+struct RawOptions {
+  float t, repetition, presence, frequency;
+  i64 seed, offset;
+
+  ATTNKIT_DEVICE RawOptions(const SampleParams& p, int b)
+      : t(option(p.temperature, p.temperature_value, b)),
+        repetition(option(p.repetition, p.repetition_value, b)),
+        presence(option(p.presence, p.presence_value, b)),
+        frequency(option(p.frequency, p.frequency_value, b)),
+        seed(option(p.seeds, 0, b)),
+        offset(option(p.offset, p.offset_value, b)) {}
+
+  ATTNKIT_DEVICE RowOptions use() const {
+    RowOptions o;
+    o.cold = t == 0.0f;
+    o.t = o.cold ? 1.0f : fmaxf(t, 1e-30f);
+    o.rt = __fdiv_rn(1.0f, o.t);
+    o.tempered = o.t != 1.0f;
+    o.repetition = repetition;
+    o.rr = __fdiv_rn(1.0f, repetition);
+    o.presence = presence;
+    o.frequency = frequency;
+    return o;
+  }
+};
+
+// Where row b of each tensor lies, and whether four neighbours can be read at once.
+struct RowPointers {
+  const char *logits, *counts, *prompt, *bias, *allowed;
+  bool logits_wide, wide;
+};
+
+template <int Type>
+ATTNKIT_DEVICE RowPointers row_pointers(const SampleParams& p, int b) {
+  RowPointers r;
+  r.logits = p.logits + b * p.logits_b;
+  r.counts = p.counts == nullptr ? nullptr : p.counts + b * p.counts_b;
+  r.prompt = p.prompt == nullptr ? nullptr : p.prompt + b * p.prompt_b;
+  r.bias = p.bias == nullptr ? nullptr : p.bias + b * p.bias_b;
+  r.allowed = p.allowed == nullptr ? nullptr : p.allowed + b * p.allowed_b;
+  r.logits_wide = (reinterpret_cast<u64>(r.logits) & (Type == kF32 ? 15 : 7)) == 0;
+  r.wide = (reinterpret_cast<u64>(r.counts) & 15) == 0 && (reinterpret_cast<u64>(r.prompt) & 3) == 0;
+  return r;
+}
+
+// Four logits as they are in memory.
+template <int Type>
+struct alignas(Type == kF32 ? 16 : 8) Raw {
+  u32 w[Type == kF32 ? 4 : 2];
+};
+
+template <int Type>
+ATTNKIT_DEVICE Raw<Type> load_four(const char* row, int v) {
+  Raw<Type> r;
+  if constexpr (Type == kF32) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3]) : "l"(row + static_cast<u64>(v) * 4));
+  } else {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(row + static_cast<u64>(v) * 2));
+  }
+  return r;
+}
+
+// The same one by one; -inf past the end.
+template <int Type>
+ATTNKIT_DEVICE Raw<Type> load_four_guarded(const char* row, int v, int V) {
+  Raw<Type> r;
+  if constexpr (Type == kF32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r.w[i] = v + i < V ? reinterpret_cast<const u32*>(row)[v + i] : 0xff800000u;
+  } else {
+    const u32 none = Type == kBf16 ? 0xff80u : 0xfc00u;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const u32 low = v + 2 * i < V ? reinterpret_cast<const u16*>(row)[v + 2 * i] : none;
+      const u32 high = v + 2 * i + 1 < V ? reinterpret_cast<const u16*>(row)[v + 2 * i + 1] : none;
+      r.w[i] = low | high << 16;
+    }
+  }
+  return r;
+}
+
+template <int Type>
+ATTNKIT_DEVICE void widen_four(const Raw<Type>& r, float (&x)[4]) {
+  if constexpr (Type == kF32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(r.w[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 two = unpack(r.w[i], Type == kBf16);
+      x[2 * i] = two.x;
+      x[2 * i + 1] = two.y;
+    }
+  }
+}
+
+// What comes with four logits besides themselves.
+struct Extras {
+  int counts[4];
+  u32 prompt, allowed;
+};
+
+ATTNKIT_DEVICE void load_extras(Extras& e, const RowPointers& r, int v, int V) {
+  const bool whole = r.wide && v + 4 <= V;
+  if (r.counts != nullptr) {
+    if (whole) {
+      const int4 n = __ldg(reinterpret_cast<const int4*>(r.counts) + v / 4);
+      e.counts[0] = n.x, e.counts[1] = n.y, e.counts[2] = n.z, e.counts[3] = n.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) e.counts[i] = v + i < V ? __ldg(reinterpret_cast<const int*>(r.counts) + v + i) : 0;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) e.counts[i] = 0;
+  }
+  e.prompt = 0;
+  if (r.prompt != nullptr) {
+    if (whole) {
+      e.prompt = __ldg(reinterpret_cast<const u32*>(r.prompt) + v / 4);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) e.prompt |= v + i < V ? static_cast<u32>(__ldg(reinterpret_cast<const u8*>(r.prompt) + v + i)) << 8 * i : 0;
+    }
+  }
+  e.allowed = 0xfu;
+  if (r.allowed != nullptr) e.allowed = v < V ? __ldg(reinterpret_cast<const u32*>(r.allowed) + v / 32) >> (v & 31) : 0;
+}
+
+// x / t rounded once, by its reciprocal and Markstein's correction (1990).
+ATTNKIT_DEVICE float divide(float x, float t, float reciprocal) {
+  const float q = __fmul_rn(x, reciprocal);
+  return fabsf(q) < kF32Max ? __fmaf_rn(__fmaf_rn(-q, t, x), reciprocal, q) : q;
+}
+
+// Penalties, bias and mask, each rounded by itself as the reference rounds. A raw NaN stays, one made here is -inf.
+ATTNKIT_DEVICE void penalise(float (&x)[4], const Extras& e, const RowPointers& r, const RowOptions& o, int v, int V) {
+  if ((e.counts[0] | e.counts[1] | e.counts[2] | e.counts[3] | static_cast<int>(e.prompt)) != 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool drawn = e.counts[i] > 0, seen = drawn || (e.prompt >> 8 * i & 0xff) != 0;
+      float y = fminf(x[i], kF32Max);
+      const float repeated = y > 0.0f ? divide(y, o.repetition, o.rr) : __fmul_rn(y, o.repetition);
+      y = seen ? repeated : y;
+      y = __fsub_rn(y, __fmul_rn(o.frequency, static_cast<float>(e.counts[i])));
+      y = __fsub_rn(y, drawn ? o.presence : 0.0f);
+      y = y == y ? y : negative_infinity();
+      x[i] = x[i] == x[i] ? y : x[i];
+    }
+  }
+  if (r.bias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float y = v + i < V ? __fadd_rn(fminf(x[i], kF32Max), __ldg(reinterpret_cast<const float*>(r.bias) + v + i)) : x[i];
+      y = y == y ? y : negative_infinity();
+      x[i] = x[i] == x[i] ? y : x[i];
+    }
+  }
+  if ((e.allowed & 15) != 15) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = (e.allowed >> i & 1) == 0 && x[i] == x[i] ? negative_infinity() : x[i];
+  }
+}
+
+// After temperature: at most the largest float. NaN stays.
+ATTNKIT_DEVICE float warm(float x, const RowOptions& o) {
+  if (o.tempered) x = divide(x, o.t, o.rt);
+  return x > kF32Max ? kF32Max : x;
+}
+
+// How many of a row's tokens bulk copies may bring: they move multiples of 16 bytes.
+template <int Type>
+ATTNKIT_DEVICE int copied_tokens(const char* row, int V) {
+  return (reinterpret_cast<u64>(row) & 15) == 0 ? V & -(Type == kF32 ? 4 : 8) : 0;
+}
+
+// Contiguous bytes, a multiple of 16, both ends aligned to 16; first out of L2.
+ATTNKIT_DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// ---- noise ----
+
+ATTNKIT_DEVICE u32 high_word(u64 x) { return static_cast<u32>(x >> 32); }
+
+constexpr u32 kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+
+// What the first two rounds have in common for all tokens of a row is worked out once.
+struct Philox {
+  u32 k1, x1, x2, l3, keys[16];
+
+  // A reduction's result is known to be the same in a warp, so the keys live in registers that a warp shares.
+  ATTNKIT_DEVICE static u32 shared(u32 x) { return __reduce_or_sync(0xffffffffu, x); }
+
+  ATTNKIT_DEVICE Philox(u64 seed, u64 offset) {
+    const u32 k0 = static_cast<u32>(seed);
+    k1 = high_word(seed);
+    const u64 second = static_cast<u64>(kPhiloxM1) * high_word(offset);
+    const u64 first = static_cast<u64>(kPhiloxM0) * (high_word(second) ^ static_cast<u32>(offset) ^ k0);
+    x1 = shared(static_cast<u32>(second) ^ (k0 + kPhiloxW0));
+    x2 = shared(high_word(first) ^ (k1 + kPhiloxW1));
+    l3 = shared(static_cast<u32>(first));
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) keys[2 * i] = shared(k0 + (i + 2) * kPhiloxW0), keys[2 * i + 1] = shared(k1 + (i + 2) * kPhiloxW1);
+    k1 = shared(k1);
+  }
+
+  // The words of ids 4 group to 4 group + 3.
+  ATTNKIT_DEVICE void words(u32 group, u32 (&w)[4]) const {
+    const u64 one = static_cast<u64>(kPhiloxM0) * group;
+    const u64 two = static_cast<u64>(kPhiloxM1) * (high_word(one) ^ k1);
+    u32 c0 = high_word(two) ^ x1, c1 = static_cast<u32>(two), c2 = static_cast<u32>(one) ^ x2, c3 = l3;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const u64 a = static_cast<u64>(kPhiloxM0) * c0, b = static_cast<u64>(kPhiloxM1) * c2;
+      c0 = high_word(b) ^ c1 ^ keys[2 * i];
+      c1 = static_cast<u32>(b);
+      c2 = high_word(a) ^ c3 ^ keys[2 * i + 1];
+      c3 = static_cast<u32>(a);
+    }
+    w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
+  }
+
+  ATTNKIT_DEVICE u32 word(int id) const {
+    u32 w[4];
+    words(static_cast<u32>(id) >> 2, w);
+    return id & 2 ? (id & 1 ? w[3] : w[2]) : (id & 1 ? w[1] : w[0]);
+  }
+};
+
+// l - log(E), E = -log(1 - u) exponential; a series keeps small E exact, where the winners are.
+ATTNKIT_DEVICE float noisy(float l, u32 word) {
+  const float u = fminf(__fmul_rn(__fadd_rn(__uint2float_rn(word), 0.5f), 2.3283064365386963e-10f), 0.999999940395355224609375f);
+  float e = __fadd_rn(0.25f, divide(u, 5.0f, 0.2f));
+  e = __fadd_rn(0.3333333333333333f, __fmul_rn(u, e));
+  e = __fadd_rn(0.5f, __fmul_rn(u, e));
+  e = __fmul_rn(u, __fadd_rn(1.0f, __fmul_rn(u, e)));
+  e = u < 0.02f ? e : -__fmul_rn(log2_fast(__fsub_rn(1.0f, u)), kLn2);
+  return __fsub_rn(l, __fmul_rn(log2_fast(e), kLn2));
+}
+
+// A lane's best draw so far, and a floor: a score that the CTA has reached already. E >= u, so a token's score is at
+// most l - log(u): logarithms are taken only where that can exceed the floor.
+struct Draw {
+  float best, raw;  // raw: before temperature
+  int id;
+  float scale, shift;  // may win: u <= 2^(x scale + shift)
+  bool nan;
+  u32 floor_key;      // order_key of the floor, 0 at first
+  const u32 reached;  // where the CTA's is, in shared memory
+
+  ATTNKIT_DEVICE Draw(float per_logit, u32* shared)
+      : best(negative_infinity()), raw(0.0f), id(0), scale(per_logit * kLog2e), shift(-negative_infinity()), nan(false), floor_key(0),
+        reached(kept_address(shared)) {}
+
+  // Hidden from the compiler, which would work it out again for every use.
+  ATTNKIT_DEVICE static u32 kept_address(const void* shared) {
+    u32 address;
+    asm volatile("mov.u32 %0, %1;" : "=r"(address) : "r"(smem_address(shared)));
+    return address;
+  }
+
+  ATTNKIT_DEVICE void set_floor(u32 key) {
+    const float score = order_value(key);
+    floor_key = key;
+    shift = (fabsf(score) * 1e-6f + 1e-3f - score) * kLog2e;
+  }
+
+  // What other warps have reached.
+  ATTNKIT_DEVICE void refresh() {
+    u32 key;
+    asm volatile("ld.volatile.shared.b32 %0, [%1];" : "=r"(key) : "r"(reached));
+    if (key > floor_key) set_floor(key);
+  }
+
+  // 1 + u, cut to 23 bits.
+  ATTNKIT_DEVICE static float one_and(u32 word) { return __uint_as_float(__funnelshift_r(word, 0x7f, 9)); }
+
+  // False only where the token cannot win. x counts ``per_logit`` of a logit.
+  ATTNKIT_DEVICE bool hope(float x, u32 word) const {
+    // The cut of 1 + u is a number that 1 + 2^(..) cannot round below where u does not exceed 2^(..).
+    return !(one_and(word) > 1.0f + exp2_fast(__fmaf_rn(x, scale, shift)));
+  }
+
+  // Four tokens from id v on; logit_of(x) is x after temperature. Converged warps only.
+  template <class F>
+  ATTNKIT_DEVICE void four(const float (&x)[4], const u32 (&w)[4], int v, F&& logit_of) {
+    refresh();
+    if (floor_key == 0) first_floor(x, w);
+    const bool any = hope(x[0], w[0]) | hope(x[1], w[1]) | hope(x[2], w[2]) | hope(x[3], w[3]);
+    if (!__any_sync(0xffffffffu, any)) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float l = logit_of(x[i]), score = noisy(l, w[i]);
+      nan = nan || l != l;
+      if (score > best) best = score, id = v + i, raw = x[i];
+    }
+    const u32 top = __reduce_max_sync(0xffffffffu, order_key(best));
+    // Scores of -inf raise nothing.
+    if (top > floor_key && top > order_key(negative_infinity())) {
+      set_floor(top);
+      if (elect_one()) asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(reached), "r"(top) : "memory");
+    }
+  }
+
+  // u <= 1/2 gives E <= 1.3863 u, and so a score that is surely reached.
+  ATTNKIT_DEVICE void first_floor(const float (&x)[4], const u32 (&w)[4]) {
+    float top = negative_infinity();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float u = one_and(w[i]) - (1.0f - 2.384185791015625e-07f);
+      if (u < 0.5f) top = fmaxf(top, __fmaf_rn(x[i], scale, -log2_fast(u)));
+    }
+    top = order_value(__reduce_max_sync(0xffffffffu, order_key(top)));
+    if (fabsf(top) < kF32Max) set_floor(order_key((top - fabsf(top) * 1e-6f - 0.475f) * kLn2 - 1e-3f));
+  }
+
+  ATTNKIT_DEVICE u64 packed() const { return nan ? kNaNSeen : best > negative_infinity() ? pack_best(best, id) : 0; }
+};
+
+}  // namespace attnkit::sampling
