@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnkit.workload import Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+from attnkit.workload_quantize import QuantizedLinear, RmsNormQuantize, SiluMulQuantize
 
 FAMILIES = ("prefill", "decode", "mla", "gemm", "sampling")
 
@@ -46,8 +47,13 @@ def _decode() -> list[Case]:
     pairs = ((12, 2), (28, 4), (32, 8), (64, 8), (16, 16), (32, 1))
     # 128 MB of keys and values or more, whatever the heads.
     full = [Decode(B=32, L=max(2048, 16384 // Hkv), Hq=Hq, Hkv=Hkv) for Hq, Hkv in pairs]
+    full += [Decode(B=16, L=16384 // Hkv, Hq=Hq, Hkv=Hkv) for Hq, Hkv in pairs]
     pages = [Decode(B=32, L=4096, Hq=32, Hkv=8, S=S) for S in (16, 32, 64, 128)]
-    sizes = [Decode(B=32, L=4096, Hq=32, Hkv=8, D=64), Decode(B=32, L=4096, Hq=16, Hkv=8, D=256)]
+    sizes = [
+        Decode(B=64, L=4096, Hq=32, Hkv=8, D=64),
+        Decode(B=32, L=4096, Hq=32, Hkv=8, D=64),
+        Decode(B=32, L=4096, Hq=16, Hkv=8, D=256),
+    ]
     one = [Decode(B=1, L=L, Hq=Hq, Hkv=Hkv) for Hq, Hkv in ((12, 2), (32, 8)) for L in (1024, 4096, 131072)]
     skew = [
         Decode(B=64, L=SKEWED, Hq=32, Hkv=8, label="B64-L64k+63x700-Hq32-Hkv8-D128-S16-bf16"),
@@ -56,6 +62,7 @@ def _decode() -> list[Case]:
     quantised = [Decode(B=64, L=4096, Hq=32, Hkv=8, kv=kv) for kv in ("", "fp8", "int8")]
     several = [Decode(B=32, L=4096, Hq=32, Hkv=8, Q=Q) for Q in (2, 4, 8)]
     several += [Decode(B=32, L=4096, Hq=32, Hkv=8, Q=8, tree=True)]
+    several += [Decode(B=32, L=4096, Hq=64, Hkv=8, Q=8), Decode(B=32, L=8192, Hq=12, Hkv=2, Q=8)]
     options = [
         Decode(B=32, L=4096, Hq=32, Hkv=8, batch_invariant=True),
         Decode(B=16, L=16384, Hq=32, Hkv=8, window=4096),
@@ -72,11 +79,22 @@ def _mla() -> list[Case]:
         MlaDecode(B=128, L=4096, H=128),
         MlaDecode(B=64, L=8192, H=128, Q=2),
         MlaDecode(B=32, L=4096, H=128, Q=4),
+        MlaDecode(B=32, L=4096, H=64),
         MlaDecode(B=32, L=4096, H=128, S=16),
         MlaDecode(B=32, L=4096, H=128, S=128),
         MlaDecode(B=32, L=4096, H=16, C=256),
     ]
     return [*decode, MlaPrefill(B=1, L=8192, H=16), MlaPrefill(B=16, L=1024, H=16)]
+
+
+def _mla_narrow() -> list[Case]:
+    """Few query rows: sizes that a serving step has, and the fp8 latent cache against the 16-bit one."""
+    small: list[Case] = [MlaDecode(B=B, L=L, H=16) for B, L in ((1, 8192), (4, 4096), (16, 512), (16, 2048), (1, 131072))]
+    pages: list[Case] = [MlaDecode(B=64, L=4096, H=16, S=S) for S in (16, 64, 128)]
+    rows: list[Case] = [MlaDecode(B=32, L=4096, H=8), MlaDecode(B=32, L=4096, H=16, Q=2)]
+    sizes = ((64, 16384, 16, 1), (1, 8192, 16, 1), (16, 2048, 16, 1), (32, 4096, 8, 1), (32, 4096, 16, 2), (32, 4096, 128, 1))
+    fp8: list[Case] = [MlaDecode(B=B, L=L, H=H, Q=Q, kv="fp8") for B, L, H, Q in sizes]
+    return [*small, *pages, *rows, *fp8, MlaDecode(B=64, L=4096, H=16, S=16, kv="fp8")]
 
 
 #: N, K of one layer's products: qkv, o, gate and up, down.
@@ -88,12 +106,24 @@ ROWS = (1, 2, 4, 8, 16, 17, 32, 64, 100, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 def _gemm() -> list[Case]:
     sweep = [Gemm(M=M, N=28672, K=4096) for M in ROWS]
-    layers = [Gemm(M=M, N=N, K=K) for N, K in (*QWEN_7B, *LLAMA_70B) for M in (16, 256, 4096)]
-    narrow = [Gemm(M=M, N=N, K=K) for N, K in LLAMA_8B if N < 28672 for M in (1, 64)]
-    fp8 = [Gemm(M=M, N=28672, K=4096, dtype="fp8") for M in (1, 16, 64, 256, 2048, 8192)]
-    bias = [Gemm(M=64, N=4608, K=3584, bias=True)]
-    quantize = [Quantize(M=M, K=4096) for M in (1, 64, 4096, 32768)] + [Quantize(M=4096, K=4096, dtype="fp8")]
-    return [*sweep, *layers, *narrow, *fp8, *bias, *quantize]
+    # Every layer of every model, with rows that together are all of ROWS.
+    rows = {QWEN_7B: (1, 16, 64, 128, 512, 4096), LLAMA_8B: (2, 17, 64, 100, 256, 1024), LLAMA_70B: (4, 8, 32, 256, 512, 2048)}
+    layers = [Gemm(M=M, N=N, K=K) for model, some in rows.items() for N, K in model if (N, K) != (28672, 4096) for M in some]
+    fp8 = [Gemm(M=M, N=28672, K=4096, dtype="fp8") for M in (1, 16, 64, 128, 256, 512, 2048, 8192)]
+    fp8 += [Gemm(M=M, N=N, K=K, dtype="fp8") for N, K in ((4608, 3584), (3584, 18944), (10240, 8192)) for M in (16, 256, 4096)]
+    bias = [Gemm(M=M, N=4608, K=3584, bias=True) for M in (64, 256)]
+    return [*sweep, *layers, *fp8, *bias]
+
+
+def _quantize() -> list[Case]:
+    """Quantising alone and fused with what comes before it; and a linear quantised on the way in against bf16."""
+    alone: list[Case] = [Quantize(M=M, K=4096) for M in (1, 16, 64, 4096, 32768)]
+    alone += [Quantize(M=4096, K=4096, dtype="fp8"), Quantize(M=4096, K=14336)]
+    fused: list[Case] = [RmsNormQuantize(M=M, K=4096, residual=True) for M in (1, 64, 4096)]
+    fused += [RmsNormQuantize(M=4096, K=8192), SiluMulQuantize(M=4096, K=14336, dtype="fp8")]
+    fused += [SiluMulQuantize(M=M, K=14336) for M in (1, 64, 4096)]
+    pairs: list[Case] = [QuantizedLinear(M=M, N=28672, K=4096) for M in (1, 16, 64, 512, 2048, 4096)]
+    return [*alone, *fused, *pairs, QuantizedLinear(M=16, N=4096, K=14336), QuantizedLinear(M=64, N=28672, K=4096, dtype="fp8")]
 
 
 def _sampling() -> list[Case]:
@@ -111,7 +141,13 @@ def _sampling() -> list[Case]:
     return [*usual, *others, *plain, Sample(B=256, V=131072, dtype="bf16")]
 
 
-_GPU = {"prefill": _prefill, "decode": _decode, "mla": _mla, "gemm": _gemm, "sampling": _sampling}
+_GPU = {
+    "prefill": _prefill,
+    "decode": _decode,
+    "mla": lambda: [*_mla(), *_mla_narrow()],
+    "gemm": lambda: [*_gemm(), *_quantize()],
+    "sampling": _sampling,
+}
 
 #: What two cores can time in a minute; the first of each family is the one README's ratios are about.
 _CPU: dict[str, list[Case]] = {
@@ -122,7 +158,7 @@ _CPU: dict[str, list[Case]] = {
         Decode(B=16, L=2048, Hq=28, Hkv=4, kv="int8"),
         Decode(B=16, L=2048, Hq=28, Hkv=4, Q=4),
     ],
-    "mla": [MlaDecode(B=8, L=2048, H=16), MlaPrefill(B=1, L=512, H=16)],
+    "mla": [MlaDecode(B=8, L=2048, H=16), MlaDecode(B=8, L=2048, H=16, kv="fp8"), MlaPrefill(B=1, L=512, H=16)],
     "gemm": [*(Gemm(M=M, N=18944, K=3584) for M in (16, 1, 4, 8)), Gemm(M=128, N=3584, K=3584), Quantize(M=256, K=4096)],
     "sampling": [
         Sample(B=32, V=131072, top_k=50, top_p=0.9),

@@ -19,6 +19,7 @@ from torch import Tensor
 from attnkit.roofline import product_rate
 from attnkit.workload import Case, Gemm, Inputs, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Paged, Prefill
+from attnkit.workload_quantize import QuantizedLinear, RmsNormQuantize, SiluMulQuantize
 
 Call = Callable[[], Any]
 Maker = Callable[[Any, Inputs], Call]
@@ -134,7 +135,7 @@ def flashinfer_prefill(case: Prefill | Decode, x: Inputs) -> Call:
 
 def flashmla(case: MlaDecode, x: Inputs) -> Call:
     fm = module("flash_mla")
-    _need(case.S == 64 and (case.C, case.R) == (512, 64) and case.dtype == "bf16")
+    _need(case.S == 64 and (case.C, case.R) == (512, 64) and case.dtype == "bf16" and not case.kv)
     q, kv, scale = x["q"], x["kv"].unsqueeze(2), (128 + case.R) ** -0.5
     meta, splits = fm.get_mla_metadata(x["lens"], case.Q * case.H, 1)
     table, lens = x["pages"], x["lens"]
@@ -145,7 +146,7 @@ def flashmla(case: MlaDecode, x: Inputs) -> Call:
 
 def flashinfer_mla(case: MlaDecode, x: Inputs) -> Call:
     fi = module("flashinfer")
-    _need((case.C, case.R) == (512, 64) and case.dtype == "bf16")
+    _need((case.C, case.R) == (512, 64) and case.dtype == "bf16" and not case.kv)
     q = x["q"].flatten(0, 1)
     indptr, indices, _ = _pages(case, x)
     wrapper = fi.mla.BatchMLAPagedAttentionWrapper(_workspace(q.device), backend="fa3")
@@ -223,10 +224,64 @@ def better_products(roof: dict[str, float], device: torch.device) -> dict[str, f
 
 
 def cutlass_quant(case: Quantize, x: Inputs) -> Call:
-    ops = module("vllm._custom_ops")
-    _need(case.dtype == "int8")
-    data = x["x"]
-    return lambda: ops.scaled_int8_quant(data)
+    return _vllm_quant(case.dtype, x["x"], torch.empty_like(x["out"]))
+
+
+def _vllm_quant(dtype: str, data: Tensor, out: Tensor) -> Call:
+    """A scale a row: scaled_int8_quant's kernel, or scaled_fp8_quant's."""
+    scale = torch.empty(data.shape[0], 1, device=data.device)
+    if dtype == "int8":
+        return lambda: (torch.ops._C.dynamic_scaled_int8_quant(out, data, scale, None), (out, scale))[1]
+    return lambda: (torch.ops._C.dynamic_per_token_scaled_fp8_quant(out, data, scale, None), (out, scale))[1]
+
+
+def vllm_rms_norm_quant(case: RmsNormQuantize, x: Inputs) -> Call:
+    """One kernel too: it adds the residual in place, and rounds the norm to 16 bits before it quantises."""
+    data, weight, residual, out = x["x"], x["weight"], x["residual"], torch.empty_like(x["out"])
+    scale = torch.empty(case.M, 1, device=data.device)
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.ops._C.rms_norm_dynamic_per_token_quant(out, data, weight, scale, case.eps, None, residual)
+        return out, scale
+
+    return run
+
+
+def vllm_silu_mul_quant(case: SiluMulQuantize, x: Inputs) -> Call:
+    """Two kernels: it has none that does both with a scale a token."""
+    data, y = x["x"], torch.empty(case.M, case.K, dtype=x["x"].dtype, device=x["x"].device)
+    quant = _vllm_quant(case.dtype, y, torch.empty_like(x["out"]))
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.ops._C.silu_and_mul(y, data)
+        return quant()
+
+    return run
+
+
+def _torch_quant(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    top = 127.0 if dtype == torch.int8 else 448.0
+    scale = (y.abs().amax(1, keepdim=True).float() / top).clamp_(min=1e-30)
+    scaled = y / scale
+    return (scaled.round_() if dtype == torch.int8 else scaled).clamp_(-top, top).to(dtype), scale
+
+
+def torch_fused(case: RmsNormQuantize | SiluMulQuantize, x: Inputs) -> Call:
+    """The same in torch's own operations, one after another."""
+    data, dtype, f = x["x"], x["out"].dtype, torch.nn.functional
+    if isinstance(case, SiluMulQuantize):
+        gate, up = data.chunk(2, 1)
+        return lambda: _torch_quant(f.silu(gate) * up, dtype)
+    weight, residual = x["weight"], x["residual"]
+    return lambda: _torch_quant(
+        f.rms_norm(data if residual is None else residual.add_(data), weight.shape, weight, case.eps), dtype
+    )
+
+
+def bf16_linear(case: QuantizedLinear, x: Inputs) -> Call:
+    """What quantising is there to beat: the product of the bf16 values themselves."""
+    data, dense = x["x"], x["dense"]
+    return lambda: torch.nn.functional.linear(data, dense)
 
 
 def torch_int_mm(case: Gemm, x: Inputs) -> Call:
@@ -325,6 +380,11 @@ PEERS: tuple[tuple[str, str, str, str | None, Maker], ...] = (
     ("w8a8_gemm", "cuda", "_scaled_mm", None, torch_scaled_mm),
     ("w8a8_gemm", "any", "bf16 linear", None, torch_linear),
     ("quantize_per_token", "cuda", "vLLM", "vllm._custom_ops", cutlass_quant),
+    ("rms_norm_quantize", "cuda", "vLLM", "vllm._custom_ops", vllm_rms_norm_quant),
+    ("rms_norm_quantize", "any", "torch", None, torch_fused),
+    ("silu_mul_quantize", "cuda", "vLLM", "vllm._custom_ops", vllm_silu_mul_quant),
+    ("silu_mul_quantize", "any", "torch", None, torch_fused),
+    ("quantized_linear", "any", "bf16 linear", None, bf16_linear),
     ("sample", "cuda", "FlashInfer", "flashinfer", flashinfer_sampling),
     ("sample", "any", "torch sort", None, torch_sort),
     ("sample", "any", "torch argmax", None, torch_argmax),

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ TOOLS = ("memcheck", "initcheck", "synccheck")
 RESULT = OUT / "sanitizer.json"
 ERRORS = 97
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
+_WHERE = re.compile(r"^=========     at (\w+)\+0x", re.MULTILINE)
 
 
 def cases() -> Iterator[tuple[Any, str]]:
@@ -33,7 +35,9 @@ def cases() -> Iterator[tuple[Any, str]]:
     lens = (300, 1, 77)
     every = [
         Decode(B=3, L=lens, Hq=8, Hkv=2),
+        Decode(B=3, L=lens, Hq=32, Hkv=1),
         Decode(B=3, L=lens, Hq=32, Hkv=1, Q=2),
+        Decode(B=48, L=40, Hq=16, Hkv=8, kv="fp8"),
         Decode(B=3, L=lens, Hq=8, Hkv=2, kv="fp8"),
         Decode(B=3, L=lens, Hq=8, Hkv=2, kv="int8", batch_invariant=True),
         Prefill(B=3, L=lens, Hq=8, Hkv=2),
@@ -76,7 +80,9 @@ def run() -> list[str]:
 
 
 def start(tool: str, sanitizer: str) -> subprocess.Popen[str]:
-    command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERRORS), sys.executable, "-m", "perf.sanitize", "--run"]
+    # Every finding, so that each kernel's can be counted; without stacks, which would fill the log.
+    options = ["--print-limit", "0", "--show-backtrace", "no", "--error-exitcode", str(ERRORS)]
+    command = [sanitizer, "--tool", tool, *options, sys.executable, "-m", "perf.sanitize", "--run"]
     log = (OUT / f"{tool}.log").open("w")
     # Without torch's cache every tensor is an allocation of its own, whose ends the tools can see.
     surroundings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -104,8 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = _SUMMARY.search(text)
         # A run that broke off has checked nothing, whatever its summary says.
         errors = int(summary[1]) if summary and code in (0, ERRORS) else -1
-        found["tools"][tool] = {"errors": errors, "cases": sum(" cuda_" in line for line in text.splitlines())}
-        print(f"{tool:10} {'did not finish' if errors < 0 else f'{errors} errors'}  ({OUT / tool}.log)", flush=True)
+        kernels = dict(Counter(_WHERE.findall(text)))
+        ran = sum(" cuda_" in line for line in text.splitlines())
+        found["tools"][tool] = {"errors": errors, "cases": ran, "kernels": kernels}
+        print(
+            f"{tool:10} {'did not finish' if errors < 0 else f'{errors} errors'}  {kernels or ''}  ({OUT / tool}.log)",
+            flush=True,
+        )
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if all(t["errors"] == 0 for t in found["tools"].values()) else 1
 

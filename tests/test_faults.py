@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import attnkit
-from attnkit import decode, gemm, mla, prefill, sampling
+from attnkit import decode, gemm, mla, prefill, quantize, sampling
 from tests import cases, inputs
 from tests.close import assert_close
 from tests.kernels import every, skip_if_declined
@@ -116,7 +116,7 @@ def test_fault_07_a_padded_batch_row_writes_and_reads_nothing(impl, device):
     assert not out.isnan().any() and (out[1:] == 0).all()
 
 
-@pytest.mark.parametrize(("impl", "device"), every(gemm.QUANTIZE_KERNELS))
+@pytest.mark.parametrize(("impl", "device"), every(quantize.KERNELS))
 def test_fault_08_a_stale_row_changes_no_other_rows_scale(impl, device):
     x = torch.randn(3, 128, device=device)
     x[1] = float("nan")

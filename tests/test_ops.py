@@ -49,12 +49,14 @@ def arguments() -> dict[str, tuple]:
         "sample": (logits, seeds, [None] * 8, None, None, None, None, torch.zeros_like(seeds), torch.zeros(3, dtype=torch.bool, device=DEVICE),
                    None, None, numbers, IMPL),
         "write_kv": (ragged[:, :, :64], ragged.clone(), cache, cache.clone(), torch.arange(9, device=DEVICE), None, None, IMPL),
+        "write_latent": (torch.randn(3, 512, device=DEVICE), torch.randn(3, 64, device=DEVICE),
+                         torch.zeros(2, 8, 656, dtype=torch.uint8, device=DEVICE), torch.arange(3, device=DEVICE), None),
         "merge_states": (part, lse, part.clone(), lse.clone(), part.new_zeros(part.shape), lse.new_zeros(lse.shape), IMPL),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("op", ["paged_decode", "paged_prefill", "mla_decode", "mla_prefill", "w8a8_gemm", "quantize_per_token",
-                                "sample", "write_kv", "merge_states"])  # fmt: skip
+                                "sample", "write_kv", "write_latent", "merge_states"])  # fmt: skip
 def test_opcheck(op):
     # sample's seeds make it deterministic, so every check opcheck has applies to every op.
     torch.library.opcheck(getattr(torch.ops.attnkit, op).default, arguments()[op])

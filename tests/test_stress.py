@@ -19,7 +19,9 @@ UNEVEN = (3000, 3, 1, 640, 17, 2048)
 CASES: list[Case] = [
     Decode(B=6, L=UNEVEN, Hq=32, Hkv=8, label="decode"),
     Decode(B=6, L=(3000, 9, 8, 640, 17, 2048), Hq=32, Hkv=1, Q=2, label="decode-wide"),
+    Decode(B=6, L=UNEVEN, Hq=32, Hkv=1, label="decode-32-rows"),
     Decode(B=6, L=UNEVEN, Hq=32, Hkv=8, kv="fp8", label="decode-fp8"),
+    Decode(B=48, L=UNEVEN * 8, Hq=32, Hkv=8, kv="fp8", label="decode-fp8-by-twos"),
     Prefill(B=6, L=UNEVEN, Hq=8, Hkv=2, label="prefill"),
     Prefill(B=2, n=64, L=(9000, 4100), Hq=8, Hkv=1, label="prefill-chunk"),
     MlaDecode(B=6, L=UNEVEN, H=16),
