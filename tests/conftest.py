@@ -28,6 +28,18 @@ def poison_workspace(monkeypatch):
     monkeypatch.setattr(workspace, "partials", poisoned)
 
 
+@pytest.fixture(autouse=True)
+def counters_left_at_zero():
+    """A kernel that leaves a counter behind fails here, not in whoever is given the counter next."""
+    yield
+    if not torch.cuda.is_available():
+        return
+    held = {**workspace._eager_counters, **{key: arena.memory for key, arena in workspace._counters.items()}}
+    torch.cuda.synchronize()
+    left = {key: memory.nonzero().flatten()[:8].tolist() for key, memory in held.items() if memory.any()}
+    assert not left, f"counters that are not zero: {left}"
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
