@@ -9,11 +9,12 @@ import shutil
 import struct
 import subprocess
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from attnkit import settings
+from attnkit import settings, workspace
 from attnkit.backends.cuda import decode, images, launch, nvrtc
 from attnkit.backends.cuda.builds import decode as builds
 from attnkit.configs import decode_cuda
@@ -255,3 +256,24 @@ def test_nvrtc_reports_its_log():
         pytest.skip(str(error))
     with pytest.raises(RuntimeError, match="could not compile broken.cu"):
         nvrtc.compile_cubin("this is no CUDA", "broken.cu", ["--gpu-architecture=sm_90a"])
+
+
+def test_scratch_is_kept_a_stream_and_made_anew_in_a_capture(monkeypatch):
+    """On CPU memory, with the driver's two questions answered by hand."""
+    capturing = False
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing, raising=False)
+    asked = []
+    real = workspace.counters
+    monkeypatch.setattr(workspace, "counters", lambda device, n: asked.append(n) or real(device, n))
+    sig = SimpleNamespace(device=torch.device("cpu"))
+    plan = SimpleNamespace(sig=sig, state={"index": 0, "scratch": {}, "partial_bytes": 4096, "counters": 12})
+    first = launch.scratch(plan, 1)
+    assert all(first) and launch.scratch(plan, 1) == first and asked == [12]
+    launch.scratch(plan, 2)
+    assert asked == [12, 12] and set(plan.state["scratch"]) == {1, 2}
+    capturing = True
+    launch.scratch(plan, 1)
+    assert asked == [12, 12, 12]
+    plan.state["partial_bytes"] = 0
+    assert launch.scratch(plan, 3)[0] == 0 and 3 not in plan.state["scratch"]

@@ -67,14 +67,6 @@ ATTNKIT_DEVICE void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at a barrier of another CTA of the cluster.
-ATTNKIT_DEVICE void mbarrier_arrive_remote(u32 barrier, u32 cta) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(cta) : "memory");
-}
-
 ATTNKIT_DEVICE bool mbarrier_try_wait(u32 barrier, u32 parity) {
   u32 done;
   asm volatile(
@@ -142,12 +134,9 @@ ATTNKIT_DEVICE u32 cluster_address(u32 address, u32 cta) {
   return remote;
 }
 
+// Arrives at a barrier of another CTA of the cluster, by its address there.
 ATTNKIT_DEVICE void mbarrier_arrive_cluster(u32 cluster_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_barrier) : "memory");
-}
-
-ATTNKIT_DEVICE void store_cluster_16(u32 cluster_to, u32 x, u32 y, u32 z, u32 w) {
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
 // Ordinary writes to shared memory become visible to wgmma and TMA.
@@ -323,13 +312,6 @@ ATTNKIT_DEVICE void tma_load_2d_multicast(u32 to, const void* map, u32 barrier, 
       "l"(map), "r"(barrier), "h"(ctas), "r"(x), "r"(y), "l"(policy)
       : "memory");
 }
-
-ATTNKIT_DEVICE void tma_store_2d(const void* map, u32 from, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(x), "r"(y)
-               : "memory");
-}
-
-ATTNKIT_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 template <int Pending>
 ATTNKIT_DEVICE void tma_store_wait_read() {

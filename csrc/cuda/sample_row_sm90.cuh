@@ -138,19 +138,7 @@ struct alignas(Type == kF32 ? 16 : 8) Raw {
   u32 w[Type == kF32 ? 4 : 2];
 };
 
-template <int Type>
-ATTNKIT_DEVICE Raw<Type> load_four(const char* row, int v) {
-  Raw<Type> r;
-  if constexpr (Type == kF32) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3]) : "l"(row + static_cast<u64>(v) * 4));
-  } else {
-    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(row + static_cast<u64>(v) * 2));
-  }
-  return r;
-}
-
-// The same one by one; -inf past the end.
+// Four of a row's logits, one by one; -inf past the end.
 template <int Type>
 ATTNKIT_DEVICE Raw<Type> load_four_guarded(const char* row, int v, int V) {
   Raw<Type> r;

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit import arch, workspace
+from attnkit import arch
 from attnkit.backends.cuda.builds.decode import Build, swizzle
 from attnkit.backends.cuda.launch import (
     MAP_PROMOTE_128,
@@ -19,6 +19,7 @@ from attnkit.backends.cuda.launch import (
     kernel,
     missing,
     pointer,
+    scratch,
     stream_of,
     unavailable,
 )
@@ -188,22 +189,6 @@ def launch(
         0 if v_scale is None else v_scale.stride(0) * 4,
         *((0, 0, 0) if tree_mask is None else tree_mask.stride()),
     )  # fmt: skip
-
-
-def scratch(plan: Any, stream: int) -> tuple[int, int]:
-    """Addresses of the partials and counters; outside a capture they are looked up once a stream (5 us a time)."""
-    state, device = plan.state, plan.sig.device
-    if torch._C._cuda_getDevice() != state["index"]:  # torch.cuda's own names for these two take 0.5 us more
-        with torch.cuda.device(state["index"]):  # the question below is about the current device's stream
-            return scratch(plan, stream)
-    if torch._C._cuda_isCurrentStreamCapturing():
-        partials = workspace.partials(device, state["partial_bytes"])
-        return partials.data_ptr(), workspace.counters(device, state["counters"]).data_ptr()
-    held = state["scratch"].get(stream)
-    if held is None:
-        memory = (workspace.partials(device, state["partial_bytes"]), workspace.counters(device, state["counters"]))
-        held = state["scratch"][stream] = ((memory[0].data_ptr(), memory[1].data_ptr()), memory)
-    return held[0]
 
 
 PAGED_DECODE = Kernel("cuda_sm90", "cuda", supports, launch, CUDA)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attnkit import workspace
 from attnkit.backends.cuda import images
 
 #: cuTensorMapEncodeTiled's names for what the kernels use; 16-bit floats travel as 16-bit integers.
@@ -85,3 +86,23 @@ def stream_of(device: int) -> int:
 
 def pointer(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def scratch(plan: Any, stream: int) -> tuple[int, int]:
+    """Addresses of the partials and counters that plan.state asks for ("partial_bytes", which may be 0, and "counters").
+
+    Outside a capture they are looked up once a stream (5 us a time) and kept in plan.state["scratch"].
+    """
+    state, device = plan.state, plan.sig.device
+    if torch._C._cuda_getDevice() != state["index"]:  # torch.cuda's own names for these two take 0.5 us more
+        with torch.cuda.device(state["index"]):  # the question below is about the current device's stream
+            return scratch(plan, stream)
+    capturing = torch._C._cuda_isCurrentStreamCapturing()
+    held = None if capturing else state["scratch"].get(stream)
+    if held is None:
+        partials = workspace.partials(device, state["partial_bytes"]) if state["partial_bytes"] else None
+        counters = workspace.counters(device, state["counters"])
+        held = (pointer(partials), pointer(counters)), (partials, counters)
+        if not capturing:
+            state["scratch"][stream] = held
+    return held[0]

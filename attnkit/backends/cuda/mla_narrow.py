@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit import arch
 from attnkit.backends.cuda.builds.mla_narrow import FP8_ROW, MAX_ROWS, TILE, Build, Fp8Build, build_for, fp8_build_for
-from attnkit.backends.cuda.decode import EACH_CALL, PARAMS, SINK_TYPE, scratch
+from attnkit.backends.cuda.decode import EACH_CALL, PARAMS, SINK_TYPE
 from attnkit.backends.cuda.launch import (
     MAP_PROMOTE_128,
     MAP_SWIZZLE,
@@ -19,6 +19,7 @@ from attnkit.backends.cuda.launch import (
     kernel,
     missing,
     pointer,
+    scratch,
     stream_of,
     unavailable,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnkit.backends.cuda import launch
-from attnkit.backends.cuda.prefill import NO_PAGES, Keys, prepare, scratch, unsupported
+from attnkit.backends.cuda.prefill import NO_PAGES, Keys, prepare, unsupported
 from attnkit.configs import prefill_cuda
 from attnkit.dispatch import Kernel, Plan
 from attnkit.signature import RaggedSig
@@ -25,7 +25,7 @@ def _launch(plan: Plan, q, k, v, cu_q, cu_k, sinks, out, lse) -> None:
         sinks = sinks.contiguous()
     stream = launch.stream_of(state["index"])
     pointers = (q, k, v, None, None, cu_q, cu_k, sinks, out, lse)
-    state["launch"](stream, *(launch.pointer(t) for t in pointers), *scratch(plan, stream))
+    state["launch"](stream, *(launch.pointer(t) for t in pointers), *launch.scratch(plan, stream))
 
 
 MLA_PREFILL = Kernel("cuda_sm90", "cuda", _supports, _launch, prefill_cuda.RAGGED)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit import arch
 from attnkit.backends.cuda.builds import mla_wide as builds
-from attnkit.backends.cuda.decode import SINK_TYPE, scratch
+from attnkit.backends.cuda.decode import SINK_TYPE
 from attnkit.backends.cuda.images import Variant
 from attnkit.backends.cuda.launch import (
     MAP_PROMOTE_128,
@@ -21,6 +21,7 @@ from attnkit.backends.cuda.launch import (
     kernel,
     missing,
     pointer,
+    scratch,
     stream_of,
     unavailable,
 )

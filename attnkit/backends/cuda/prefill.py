@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnkit import arch, workspace
+from attnkit import arch
 from attnkit.backends.cuda import images, launch
 from attnkit.backends.cuda.builds import prefill as builds
 from attnkit.configs import prefill_cuda
@@ -138,23 +138,6 @@ def prepare(plan: Plan, dtype: torch.dtype, Hq: int, Hkv: int, keys: Keys) -> No
     state["counters"] = 2 + room * config.consumers
 
 
-def scratch(plan: Plan, stream: int) -> tuple[int, int]:
-    """Addresses of the partials and counters; outside a capture they are looked up once a stream."""
-    state, device = plan.state, plan.sig.device
-    if torch.cuda.current_device() != state["index"]:
-        with torch.cuda.device(state["index"]):  # the question below is about the current device's stream
-            return scratch(plan, stream)
-    capturing = torch.cuda.is_current_stream_capturing()
-    held = None if capturing else state["scratch"].get(stream)
-    if held is None:
-        partials = workspace.partials(device, state["partial_bytes"]) if state["partial_bytes"] else None
-        memory = (partials, workspace.counters(device, state["counters"]))
-        held = (launch.pointer(memory[0]), launch.pointer(memory[1])), memory
-        if not capturing:
-            state["scratch"][stream] = held
-    return held[0]
-
-
 def _launch(plan: Plan, q, k, v, pages, lens, cu_q, sinks, k_scale, v_scale, out, lse) -> None:
     state = plan.state
     if not state:
@@ -165,7 +148,7 @@ def _launch(plan: Plan, q, k, v, pages, lens, cu_q, sinks, k_scale, v_scale, out
         sinks = sinks.contiguous()
     stream = launch.stream_of(state["index"])
     pointers = (q, k, v, pages, lens, cu_q, None, sinks, out, lse)
-    state["launch"](stream, *(launch.pointer(t) for t in pointers), *scratch(plan, stream))
+    state["launch"](stream, *(launch.pointer(t) for t in pointers), *launch.scratch(plan, stream))
 
 
 PAGED_PREFILL = Kernel("cuda_sm90", "cuda", _supports, _launch, prefill_cuda.CUDA)
