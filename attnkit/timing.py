@@ -181,6 +181,42 @@ class Paired:
     timings: dict[str, Timing]
     ratios: dict[str, float]
 
+    @staticmethod
+    def of(samples_us: Mapping[str, list[float]], launches: Mapping[str, int], how: str) -> Paired:
+        timings = {name: _timing(taken, launches[name], how) for name, taken in samples_us.items()}
+        first = next(iter(samples_us.values()))
+        paired_us = {name: zip(first, taken, strict=True) for name, taken in samples_us.items()}
+        return Paired(timings, {name: statistics.median(b / a for a, b in pairs) for name, pairs in paired_us.items()})
+
+
+def in_turn(replays: Mapping[str, Replay], budget: float = 0.06, least: int = 5) -> Paired:
+    """CUDA: replay the graphs one after another, round after round: a clock that sinks under load sinks for all of them.
+
+    ``budget`` is the seconds of each; a round alternates its order. All run on the first one's stream.
+    """
+    names = list(replays)
+    first = replays[names[0]]
+    with torch.cuda.device(first.device), torch.cuda.stream(first.stream):
+
+        def marks(order: Sequence[str]) -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
+            taken = {}
+            for name in order:
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record(first.stream)
+                replays[name].graph.replay()
+                stop.record(first.stream)
+                taken[name] = (start, stop)
+            return taken
+
+        warm = marks(names)
+        first.stream.synchronize()
+        each = max(sum(a.elapsed_time(b) for a, b in warm.values()) * 1e-3, 1e-5) / len(names)
+        rounds = [marks(names if turn % 2 == 0 else names[::-1]) for turn in range(max(least, min(200, round(budget / each))))]
+        first.stream.synchronize()
+    launches = {name: replays[name].launches for name in names}
+    samples = {n: [r[n][0].elapsed_time(r[n][1]) * 1e3 / launches[n] for r in rounds] for n in names}
+    return Paired.of(samples, launches, "graph")
+
 
 def paired(contenders: Mapping[str, Sequence[Call]], budget: float = 1.0, least: int = 5) -> Paired:
     """CPU: time ``contenders`` (name -> calls over buffers of their own) in turn.
@@ -209,10 +245,7 @@ def paired(contenders: Mapping[str, Sequence[Call]], budget: float = 1.0, least:
     finally:
         if enabled:
             gc.enable()
-    timings = {name: _timing(samples[name], 1, "clock") for name in names}
-    first = samples[names[0]]
-    ratios = {name: statistics.median(b / a for a, b in zip(first, samples[name], strict=True)) for name in names}
-    return Paired(timings, ratios)
+    return Paired.of(samples, dict.fromkeys(names, 1), "clock")
 
 
 def measure(calls: Sequence[Call], device: torch.device, budget: float = 0.06) -> Timing:

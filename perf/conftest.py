@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attnkit")
     group.addoption("--benchmark", action="store_true", help="time every case and print the roofline table")
     group.addoption("--first", action="store_true", help="with --benchmark: only the kernel that serves each case")
+    group.addoption("--append", action="store_true", help="keep the rows and the roof that PATH already holds of this code")
     group.addoption("--roofline-json", default=str(OUT), metavar="PATH", help=f"where the rows go (default {OUT})")
 
 
@@ -31,7 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_quiet = True  # pytest-benchmark's own table times whole replays
         config.option.benchmark_disable_gc = True
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:perf.peers")  # FlashInfer's older names
-    config.stash[BENCH] = Bench(timed, first=config.getoption("--first"))
+    config.stash[BENCH] = bench = Bench(timed, first=config.getoption("--first"))
+    if timed and config.getoption("--append"):
+        bench.resume(Path(config.getoption("--roofline-json")))
 
 
 BENCH = pytest.StashKey[Bench]()
@@ -58,7 +61,7 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     bench = config.stash.get(BENCH, None)
-    if bench is None or not bench.timed or not (bench.rows or bench.engine):
+    if bench is None or not bench.timed or not (bench.rows or bench.engine or bench.cold):
         return
     path = Path(config.getoption("--roofline-json"))
     bench.save(path)

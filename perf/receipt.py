@@ -1,8 +1,8 @@
 """What CI cannot run, written down: `python -m perf.receipt write | check | source`.
 
-`write` runs compute-sanitizer, the GPU tests and `pytest perf/ --benchmark`, and puts their counts and rows into
-perf/results/<gpu>.json. With --no-run it takes what earlier runs left in perf/out: sanitizer.json, run.json and
-the JUnit files tests.xml and perf.xml. `check` says whether the committed receipts belong to the code as it stands.
+`write` runs compute-sanitizer, the GPU tests and the perf suite, and puts their counts and rows into
+perf/results/<gpu>.json. `--steps` runs some of the three and takes what an earlier run left in perf/out of the others;
+`--no-run` takes all of it from there: sanitizer.json, run.json and JUnit files. `check` says whether the committed receipts belong to the code as it stands.
 It needs neither git nor a GPU.
 """
 
@@ -13,8 +13,10 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +69,42 @@ def counts(files: Sequence[Path]) -> dict[str, int]:
     return total
 
 
-#: What `write` runs first: name of the JUnit file and pytest's arguments. Most of the tests' time is compilation.
-RUNS = (("tests", ["tests", "-m", "gpu", "-n", "6", "--dist", "worksteal"]), ("perf", ["perf", "--benchmark"]))
-
-
 #: What perf/sanitize.py leaves beside run.json.
 SANITIZER = "sanitizer.json"
+STEPS = ("sanitizer", "tests", "perf")
 
 
-def run_all() -> None:
-    """The GPU tests, then the perf suite, each in a process of its own; failures end up in the JUnit files."""
+def run_steps(steps: Sequence[str], first: bool = False) -> None:
+    """Run what is asked for into perf/out, anew; failures end up in the JUnit files.
+
+    Each family is timed in a process of its own: one that loses the device costs no other's rows.
+    """
     OUT.mkdir(parents=True, exist_ok=True)
-    for old in (OUT / "run.json", OUT / SANITIZER, *OUT.glob("*.xml")):
-        old.unlink(missing_ok=True)
-    print("receipt: compute-sanitizer", flush=True)
-    subprocess.run([sys.executable, "-m", "perf.sanitize"], cwd=ROOT)  # what it found is in its file
-    for name, arguments in RUNS:
-        command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={OUT / f'{name}.xml'}"]
-        print("receipt: pytest", *arguments, flush=True)
-        code = subprocess.run(command, cwd=ROOT).returncode
-        if code not in (0, 1):  # 1: tests failed, which the receipt says
-            raise Refused(f"pytest {' '.join(arguments)} ended with {code}")
+    for old in chain.from_iterable(OUT.glob(pattern) for step in steps for pattern in PRODUCED[step]):
+        old.unlink()
+    if "sanitizer" in steps:
+        print("receipt: compute-sanitizer", flush=True)
+        subprocess.run([sys.executable, "-m", "perf.sanitize"], cwd=ROOT)  # what it found is in its file
+    if "tests" in steps:  # most of their time is compilation
+        _pytest("tests", ["tests", "-m", "gpu", "-n", "6", "--dist", "worksteal"])
+    if "perf" in steps:
+        for path in sorted((ROOT / "perf").glob("bench_*.py")):
+            options = ["--benchmark", "--append", *(["--first"] if first else [])]
+            _pytest(f"perf-{path.stem.removeprefix('bench_')}", [f"perf/{path.name}", *options])
+
+
+#: The files under perf/out that each step makes.
+PRODUCED = {"sanitizer": (SANITIZER,), "tests": ("tests.xml",), "perf": ("perf-*.xml", "run.json")}
+
+
+def _pytest(name: str, arguments: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={OUT / f'{name}.xml'}"]
+    print("receipt: pytest", *arguments, flush=True)
+    start = time.monotonic()
+    code = subprocess.run(command, cwd=ROOT).returncode
+    print(f"receipt: {name} took {time.monotonic() - start:.0f} s", flush=True)
+    if code not in (0, 1):  # 1: tests failed, which the receipt says
+        raise Refused(f"pytest {' '.join(arguments)} ended with {code}")
 
 
 def build(run: Path, junit: Sequence[Path], root: Path = ROOT) -> dict[str, Any]:
@@ -104,7 +121,7 @@ def build(run: Path, junit: Sequence[Path], root: Path = ROOT) -> dict[str, Any]
     if not junit:
         raise Refused(f"no JUnit files under {OUT}; run the tests with --junitxml={OUT}/tests.xml first")
     keys = ("source", "gpu", "versions", "roofs")
-    rest = {k: data.get(k, []) for k in ("rows", "engine", "notes")}
+    rest = {k: data.get(k, []) for k in ("rows", "engine", "notes")} | {"cold": data.get("cold", {})}
     return {**{k: data[k] for k in keys}, "tests": counts(junit), **_sanitizer(run.parent / SANITIZER, source), **rest}
 
 
@@ -160,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.receipt", description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("write", "check", "source"))
     parser.add_argument("--no-run", action="store_true", help="take what perf/out holds")
+    parser.add_argument("--steps", nargs="*", choices=STEPS, default=list(STEPS), help="what to run (default: all)")
+    parser.add_argument("--first", action="store_true", help="time only the kernel that serves each case, and its peers")
     parser.add_argument("--run", type=Path, default=OUT / "run.json", help="rows (default perf/out/run.json)")
     parser.add_argument("--junit", type=Path, nargs="*", help="JUnit files (default perf/out/*.xml)")
     args = parser.parse_args(argv)
@@ -175,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if problems else 0
     try:
         if not args.no_run:
-            run_all()
+            run_steps(args.steps, args.first)
         path = write(args.run, args.junit if args.junit is not None else sorted(OUT.glob("*.xml")))
     except Refused as reason:
         print(f"receipt: {reason}", file=sys.stderr)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from perf import receipt
+from perf import receipt, session
 
 JUNIT = '<testsuites><testsuite tests="9" failures="{failed}" errors="1" skipped="2"/><testsuite tests="3"/></testsuites>'
 
@@ -138,3 +139,43 @@ def test_check(tree):
     problems = receipt.check(results, tree)
     assert len(problems) == 4 and "memcheck found 2 errors" in problems[3]
     assert "other code" in problems[0] and "3 tests failed" in problems[1] and "not a receipt" in problems[2]
+
+
+def test_steps_clear_and_run_what_was_asked_for(tmp_path, monkeypatch):
+    """A family a process, all into one run.json; what other steps left stays."""
+    monkeypatch.setattr(receipt, "OUT", tmp_path)
+    for name in ("sanitizer.json", "tests.xml", "perf-old.xml", "run.json"):
+        (tmp_path / name).write_text("{}")
+    ran = []
+    monkeypatch.setattr(
+        receipt.subprocess, "run", lambda command, cwd: ran.append(command[3:]) or SimpleNamespace(returncode=1)
+    )
+    receipt.run_steps(["perf"], first=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"sanitizer.json", "tests.xml"}
+    files = [arguments[1] for arguments in ran]
+    assert len(files) >= 6 and all(f.startswith("perf/bench_") for f in files)
+    assert all({"--benchmark", "--append", "--first"} <= set(arguments) for arguments in ran)
+    monkeypatch.setattr(receipt.subprocess, "run", lambda command, cwd: SimpleNamespace(returncode=-11))
+    with pytest.raises(receipt.Refused, match="ended with -11"):
+        receipt.run_steps(["tests"])
+
+
+def test_a_run_goes_on_from_the_rows_of_the_one_before(tmp_path, monkeypatch):
+    from attnkit.roofline import Cost, Roof, row
+    from attnkit.timing import Timing
+
+    one, path = session.Bench(timed=True), tmp_path / "run.json"
+    roof = one._roof = Roof(read=1e11, product={"bf16": 1e12})
+    t = Timing(10.0, 0.1, 9.0, 5, 1, "clock")
+    one.rows.append(row("decode", "B1", "cpu", Cost(1e6, 1e5), t, roof, 1e-3, peers={"torch": 12.0}))
+    one.engine.append({"case": "x"})
+    one.cold["cubins"] = {"paged_decode": 0.1}
+    one.save(path)
+    two = session.Bench(timed=True)
+    two.resume(path)
+    assert two.rows == one.rows and two.engine == one.engine and two.cold == one.cold and two.roof == roof
+    monkeypatch.setattr(session, "source_hash", lambda: "another")
+    three = session.Bench(timed=True)
+    three.resume(path)
+    three.resume(tmp_path / "missing.json")
+    assert not three.rows and not three.engine

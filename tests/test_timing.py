@@ -176,3 +176,16 @@ def test_a_call_that_synchronises_is_timed_by_events():
         timing.Replay([lambda: x.sum().item()], torch.device("cuda"))
     assert timing.measure([lambda: x.sum().item()], torch.device("cuda")).how == "events"
     assert torch.randn(9, device="cuda").isfinite().all(), "the generator has left capture mode"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_in_turn_see_a_ratio():
+    device = torch.device("cuda")
+    a, b = torch.randn(1 << 26, device=device), torch.empty(1 << 26, device=device)
+    long, short = (timing.Replay([lambda n=n: torch.add(a[:n], 1.0, out=b[:n])], device) for n in (1 << 26, 1 << 25))
+    both = timing.in_turn({"long": long, "short": short}, 0.05)
+    assert both.ratios["long"] == 1.0 and 0.35 < both.ratios["short"] < 0.75
+    assert both.timings["short"].how == "graph" and both.timings["short"].samples >= 5
+    for replay in (long, short):
+        replay.close()
