@@ -61,7 +61,7 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     bench = config.stash.get(BENCH, None)
-    if bench is None or not bench.timed or not (bench.rows or bench.engine or bench.cold):
+    if bench is None or not bench.timed or not (bench.rows or bench.engine or bench.calls):
         return
     path = Path(config.getoption("--roofline-json"))
     bench.save(path)

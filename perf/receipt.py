@@ -121,7 +121,7 @@ def build(run: Path, junit: Sequence[Path], root: Path = ROOT) -> dict[str, Any]
     if not junit:
         raise Refused(f"no JUnit files under {OUT}; run the tests with --junitxml={OUT}/tests.xml first")
     keys = ("source", "gpu", "versions", "roofs")
-    rest = {k: data.get(k, []) for k in ("rows", "engine", "notes")} | {"cold": data.get("cold", {})}
+    rest = {k: data.get(k, []) for k in ("rows", "engine", "notes")} | {"calls": data.get("calls", {})}
     return {**{k: data[k] for k in keys}, "tests": counts(junit), **_sanitizer(run.parent / SANITIZER, source), **rest}
 
 

@@ -39,7 +39,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rows: list[Row] = []
         self.engine: list[dict[str, Any]] = []
-        self.cold: dict[str, dict[str, float]] = {}
+        self.calls: dict[str, dict[str, float]] = {}
         self.notes: list[str] = []
         self._inputs: tuple[Case, list[Inputs]] | None = None
         self._peers: dict[Case, dict[str, float]] = {}
@@ -173,7 +173,7 @@ class Bench:
             return
         fields = Row.__dataclass_fields__
         self.rows = [Row(**{k: v for k, v in r.items() if k in fields}) for r in data["rows"]]
-        self.engine, self.cold, self.notes = data["engine"], data["cold"], data["notes"]
+        self.engine, self.calls, self.notes = data["engine"], data["calls"], data["notes"]
         if data["roofs"]:
             self._roof = roofline.Roof.from_json(data["roofs"])
 
@@ -197,7 +197,7 @@ class Bench:
             "roofs": self.roof.as_json() if self.rows else {},
             "rows": [r.as_json() for r in self.rows],
             "engine": self.engine,
-            "cold": self.cold,
+            "calls": self.calls,
             "notes": self.notes,
         }
 
@@ -217,8 +217,8 @@ class Bench:
             console.print(f"[dim]{escape(note)}[/dim]")
         if self.engine:
             console.print(_engine_table(self.engine))
-        if self.cold:
-            console.print(_cold_table(self.cold))
+        if self.calls:
+            console.print(_calls_table(self.calls))
         if rows:
             console.print()
             console.print(roofline.table(rows, self.roof, self.device, console.width))
@@ -236,15 +236,15 @@ def _engine_table(lines: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _cold_table(seconds: dict[str, dict[str, float]]) -> Any:
+def _calls_table(measured: dict[str, dict[str, float]]) -> Any:
     from rich.table import Table
 
-    table = Table(title="first call, seconds", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(title="calls", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("op")
-    for how in seconds:
-        table.add_column(how, justify="right")
-    for op in next(iter(seconds.values())):
-        table.add_row(op, *(f"{found[op]:.2f}" for found in seconds.values()))
+    for what in measured:
+        table.add_column(what, justify="right")
+    for op in next(iter(measured.values())):
+        table.add_row(op, *(f"{found[op]:.2f}" for found in measured.values()))
     return table
 
 

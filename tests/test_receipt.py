@@ -169,11 +169,11 @@ def test_a_run_goes_on_from_the_rows_of_the_one_before(tmp_path, monkeypatch):
     t = Timing(10.0, 0.1, 9.0, 5, 1, "clock")
     one.rows.append(row("decode", "B1", "cpu", Cost(1e6, 1e5), t, roof, 1e-3, peers={"torch": 12.0}))
     one.engine.append({"case": "x"})
-    one.cold["cubins"] = {"paged_decode": 0.1}
+    one.calls["cubins"] = {"paged_decode": 0.1}
     one.save(path)
     two = session.Bench(timed=True)
     two.resume(path)
-    assert two.rows == one.rows and two.engine == one.engine and two.cold == one.cold and two.roof == roof
+    assert two.rows == one.rows and two.engine == one.engine and two.calls == one.calls and two.roof == roof
     monkeypatch.setattr(session, "source_hash", lambda: "another")
     three = session.Bench(timed=True)
     three.resume(path)

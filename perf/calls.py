@@ -1,4 +1,4 @@
-"""How long the first call of each op takes on empty caches: `python -m perf.cold [--nvrtc]` prints it as JSON.
+"""A small call of every op, and how long the first takes on empty caches: `python -m perf.calls [--nvrtc]` prints JSON.
 
 One process calls every op once, in turn, each a kernel nobody has loaded yet; torch, the device and attnkit's import are
 paid before. --nvrtc hides the shipped cubins, as on a machine that got attnkit without them.
