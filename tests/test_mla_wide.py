@@ -33,12 +33,29 @@ CASES = [
     replace(BASE, sinks=True, window=70, softcap=3.0, Q=3, Hq=64),
     replace(BASE, lens=(200,) * 150),  # more sequences than groups of CTAs
     replace(BASE, lens=(6000, 5900)),  # fewer
+    replace(BASE, lens=(8192,)),  # one in as many pieces as there are groups
+    replace(BASE, lens=(2048,) * 16),  # four groups a sequence
+    replace(BASE, lens=(6000, 300), dtype=torch.float16),  # pieces meet in float32
+    replace(BASE, lens=(2000,) * 9, dtype=torch.float16),
 ]
 
 
 def attend(x: inputs.Inputs, **options):
     kv = x.kv[0][:, :, 0]
     return attnkit.mla_decode(x.q, kv, x.table, latent=C, return_lse=True, impl=KERNEL, **x.options, **options)
+
+
+def compare(x: inputs.Inputs) -> None:
+    out, lse = attend(x)
+    k = x.kv[0]
+    truths = [
+        reference.paged_attention(
+            x.q.flatten(0, 1), k, k[..., :C], *x.table, x.cu_q, compute=compute, **{**x.clean, "scale": (128 + R) ** -0.5}
+        )
+        for compute in (torch.float64, x.q.dtype)
+    ]
+    assert_close(out.flatten(0, 1), truths[0][0], truths[1][0])
+    assert_close(lse.flatten(0, 1), truths[0][1], truths[1][1].float(), "lse")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -48,17 +65,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_matches_float64(case):
-    x = inputs.make(case, "cuda")
-    out, lse = attend(x)
-    k = x.kv[0]
-    truths = [
-        reference.paged_attention(
-            x.q.flatten(0, 1), k, k[..., :C], *x.table, x.cu_q, compute=compute, **{**x.clean, "scale": (128 + R) ** -0.5}
-        )
-        for compute in (torch.float64, case.dtype)
-    ]
-    assert_close(out.flatten(0, 1), truths[0][0], truths[1][0])
-    assert_close(lse.flatten(0, 1), truths[0][1], truths[1][1].float(), "lse")
+    compare(inputs.make(case, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lens", [(6000, 300), (2048,) * 16], ids=len)
+def test_sums_that_f16_does_not_hold(lens):
+    """Pieces of a bf16 sequence meet as f16; values beyond its range go through it by a power of two a row."""
+    x = inputs.make(replace(BASE, lens=lens), "cuda")
+    x.q[..., :C:7] = 0  # the scores stay as they are
+    x.kv[0][..., :C:7] *= 2.0**20
+    compare(x)
 
 
 @pytest.mark.gpu

@@ -37,5 +37,5 @@ def candidates(sig: Any, arch: Arch) -> list[CudaConfig]:
 
 CUDA = Space(
     "mla_decode", "cuda_sm90_wide", CudaConfig, default, candidates, decode_bucket,
-    sources=("csrc/cuda/mla_wide_sm90.cuh", "csrc/cuda/mla_wide_schedule.cuh", "csrc/cuda/mla_wide_combine.cuh"),
+    sources=tuple(f"csrc/cuda/mla_wide_{part}.cuh" for part in ("sm90", "shared", "scorer", "adder", "schedule", "combine")),
 )  # fmt: skip

@@ -33,6 +33,11 @@ ATTNKIT_DEVICE void mla_bulk_load(u32 to, const void* from, u32 bytes, u32 barri
       : "memory");
 }
 
+// Brings a box into L2 only.
+ATTNKIT_DEVICE void mla_prefetch_box(const void* map, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
 // The same to global memory. After mla_bulk_store_wait the bytes are there for whoever is told so.
 ATTNKIT_DEVICE void mla_bulk_store(void* to, u32 from, u32 bytes) {
   asm volatile(
@@ -511,6 +516,31 @@ ATTNKIT_DEVICE void mla_prefetch(const DecodeParams& p, int q_bytes) {
   if (sequence < static_cast<u32>(p.B)) {
     const int token = row * p.g_magic >> 20;
     prefetch_l2(p.q + sequence * p.q_b + token * p.q_i + (row - token * p.G) * p.q_h + (i - n * row_lines) * 128);
+  }
+}
+
+// Divides the work by lens that the previous grid may still change, waits for it, and divides again if it did. What seem
+// to be the CTA's first tiles are asked of L2 meanwhile, past L1; a page that is none lies outside of the map. Planes: of
+// the cache's map, 0 where there is none. For a warp that walks, and at most 32 sequences.
+template <int T, int Planes>
+ATTNKIT_DEVICE void mla_place_ahead(const DecodeParams& p, Walker<T>& walker) {
+  const int lane = threadIdx.x & 31, box_shift = min(p.page_shift, 6), boxes = T >> box_shift, slot_mask = (1 << p.page_shift) - 1;
+  bool ahead = mla_cluster_size() == 1;  // in clusters it only costs: their CTAs begin and end together
+  if (!ahead) wait_for_previous_grid();
+#pragma unroll 1
+  for (;; ahead = false) {
+    walker.place_few();
+    if (!ahead) return;
+    const int ordinal = walker.position - walker.start + lane / boxes;
+    const int token = (walker.low / T + ordinal) * T + ((lane & (boxes - 1)) << box_shift);
+    if (lane < 2 * boxes && ordinal < min(walker.tiles, walker.end - walker.start) && token < walker.length) {
+      const int page = load_l2(p.pages + walker.b * p.pages_b + (token >> p.page_shift));
+#pragma unroll 1
+      for (int plane = 0; plane < Planes; ++plane) mla_prefetch_box(&p.k_map, plane * 64, token & slot_mask, 0, page);
+    }
+    __syncwarp();
+    wait_for_previous_grid();
+    if (!__any_sync(~0u, walker.stale(lane))) return;
   }
 }
 

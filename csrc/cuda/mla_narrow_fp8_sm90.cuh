@@ -514,24 +514,28 @@ ATTNKIT_DEVICE void mla_narrow_fp8(const DecodeParams& p) {
   }
   __syncthreads();
   launch_dependents();
-  wait_for_previous_grid();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   Walker<Shape::T> walker(p);
-  if (p.B > 32) walker.place_many(shared.scratch, Shape::Threads);
+  if (warp < 4) mla_prefetch(p, 2 * (Shape::C + Shape::R));
+  if (p.B > 32) {
+    wait_for_previous_grid();
+    walker.place_many(shared.scratch, Shape::Threads);
+  }
   if (warp < 4) {
     registers_raise<232>();
-    mla_prefetch(p, 2 * (Shape::C + Shape::R));
+    wait_for_previous_grid();
     MlaFp8Adder<Shape> adder(p, shared);
     adder.run();
     if (mla_cluster_size() > 1) mla_meet<Shape>(p, shared.meeting);
   } else if (warp < 8) {
     registers_raise<232>();
+    wait_for_previous_grid();
     MlaFp8Weigher<Shape> weigher(p, shared);
     weigher.run();
   } else {
     registers_lower<40>();
     if (warp > 9) return;
-    if (p.B <= 32) walker.place_few();
+    if (p.B <= 32) mla_place_ahead<Shape::T, 0>(p, walker);
     MlaFp8Producer<Shape> producer(p, shared);
     if (warp == 8) {
       producer.run_tiles(walker);

@@ -341,22 +341,26 @@ ATTNKIT_DEVICE void mla_narrow(const DecodeParams& p) {
   }
   __syncthreads();
   launch_dependents();
-  wait_for_previous_grid();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   Walker<Shape::T> walker(p);
-  if (p.B > 32) walker.place_many(shared.scratch, Shape::Threads);
+  if (warp < Shape::ConsumerWarps) mla_prefetch(p, 2 * (Shape::C + Shape::R));
+  if (p.B > 32) {
+    wait_for_previous_grid();
+    walker.place_many(shared.scratch, Shape::Threads);
+  }
   if (warp < Shape::ConsumerWarps) {
-    mla_prefetch(p, 2 * (Shape::C + Shape::R));
+    wait_for_previous_grid();
     MlaConsumer<Shape> consumer(p, shared);
     consumer.run();
     if (mla_cluster_size() > 1) mla_meet<Shape>(p, shared.meeting);
     return;
   }
-  if (p.B <= 32) walker.place_few();
   MlaProducer<Shape> producer(p, shared);
   if (warp == Shape::ConsumerWarps) {
+    if (p.B <= 32) mla_place_ahead<Shape::T, Shape::Planes + Shape::RopePlanes>(p, walker);
     producer.run_latents(walker);
   } else {
+    if (p.B <= 32) mla_place_ahead<Shape::T, 0>(p, walker);
     producer.run_ropes(walker);
   }
 }

@@ -1,10 +1,13 @@
 // Where the pieces of one sequence meet in the wide latent decode.
 //
 // Each warpgroup has 64 rows and 256 columns of its CTA's piece, and meets only with the warpgroups of the other
-// pieces that have the same rows and columns. All publish their sums in a workspace. Those whose group has nothing else
-// to do wait until the last has come, and each adds up its own part of the columns, in the order of the pieces. Who
-// has waited in vain leaves its part to the last to arrive, so that two launches which keep each other from the
-// multiprocessors come to an end all the same.
+// pieces that have the same rows and columns. All publish their sums in a workspace, divided by their weights' sum. Those
+// whose group has nothing else to do wait until the last has come, and each adds up its own part of the columns, in the
+// order of the pieces. Who has waited in vain leaves its part to the last to arrive, so that two launches which keep
+// each other from the multiprocessors come to an end all the same.
+//
+// All of this runs once a launch, so its instructions come from L2: loops are not unrolled further than loads in flight
+// ask for.
 #pragma once
 #include "convert.cuh"
 #include "mla_wide_schedule.cuh"
@@ -17,14 +20,23 @@ ATTNKIT_DEVICE int add_release(int* counter, int n) {
   return old;
 }
 
+// For counting only: publishes nothing.
+ATTNKIT_DEVICE int add_relaxed(int* counter, int n) {
+  int old;
+  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
+  return old;
+}
+
 ATTNKIT_DEVICE int read_acquire(const int* counter) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
 
-// Where one warpgroup's sums of a piece lie. A workspace has some hundred slots of 4096 float4 and 64 float2, two a
-// cell: a group publishes at most one piece that ends a sequence (slot 1) and one that does not.
+// Where one warpgroup's sums of a piece lie. A workspace has some hundred slots of 4096 float4 and 64 float2, a cell's
+// two ``cells`` apart: a group publishes at most one piece that ends a sequence (the second) and one that does not. A unit
+// is a float4 of one thread of the accumulators: chunk c of thread t has columns 8 c + 2 (t % 4) (+ 1) of rows
+// t / 32 * 16 + t % 32 / 4 (x, y) and 8 below (z, w); as f16 it has chunks 2 c and 2 c + 1, two columns a word.
 struct MlaPartials {
   static constexpr int Chunks = 32;
   const MlaWideParams& p;
@@ -69,18 +81,19 @@ struct MlaRows {
     return none ? 0.f : scale / total;
   }
 
-  // Null for a row that pads the block.
+  ATTNKIT_DEVICE bool has(int row) const { return row0 + row < p.rows; }  // others pad the block
+
   ATTNKIT_DEVICE char* place(int row) const {
     const int n = row0 + row, i = n / p.H;
-    return n < p.rows ? p.out + b * p.out_b + i * p.out_i + (n - i * p.H) * p.out_h + column0 * 2 : nullptr;
+    return p.out + b * p.out_b + i * p.out_i + (n - i * p.H) * p.out_h + column0 * 2;
   }
 };
 
-// One warpgroup's meeting. A unit is the float4 of one thread of the accumulators: chunk c of thread t has columns
-// 8 c + 2 (t % 4) (+ 1) of rows t / 32 * 16 + t % 32 / 4 (x, y) and 8 below (z, w).
+// One warpgroup's meeting. Narrow: sums come as f16, which has 3 bits more than a bf16 output, in half the bytes.
 template <int Ctas, bool Bf16>
 struct MlaMeeting {
-  static constexpr int Chunks = MlaPartials::Chunks;
+  static constexpr bool Narrow = Bf16;
+  static constexpr int Chunks = MlaPartials::Chunks, Values = Narrow ? 4 : 2, Units = Chunks * 128 * 2 / Values;
   const MlaWideParams& p;
   const MlaPartials& partials;
   const MlaRows& rows;
@@ -91,147 +104,117 @@ struct MlaMeeting {
   int barrier;              // a named barrier of its own
 
   ATTNKIT_DEVICE int cell(int i) const { return cell0 + i * step; }
-  ATTNKIT_DEVICE int slot(int i) const { return 2 * cell(i) + (i == count - 1); }
+  ATTNKIT_DEVICE int slot(int i) const { return cell(i) + (i == count - 1 ? partials.cells : 0); }
   ATTNKIT_DEVICE float4* values(int i) const { return partials.values(slot(i)); }
+  // A row's: log2 of its sum of weights; what its values are to be multiplied by.
   ATTNKIT_DEVICE float2* weights(int i) const { return partials.weights(slot(i)); }
 
   ATTNKIT_DEVICE int waiting() const { return count - early; }
 
-  ATTNKIT_DEVICE void write(int chunk, int t, const float4& value, float by0, float by1) const {
-    const int row = t / 32 * 16 + t % 32 / 4, column = 8 * chunk + 2 * (t % 4);
-    char *to0 = rows.place(row), *to1 = rows.place(row + 8);
-    if (to0) *reinterpret_cast<u32*>(to0 + column * 2) = pack<Bf16>(value.x * by0, value.y * by0);
-    if (to1) *reinterpret_cast<u32*>(to1 + column * 2) = pack<Bf16>(value.z * by1, value.w * by1);
-  }
-
-  // What each of at most four pieces' values of the thread's row r are multiplied by; one caller a row says its lse.
-  ATTNKIT_DEVICE void weigh(int r, bool says, float (&by)[4]) const {
-    const int row = thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-    float sums[4], high = negative_infinity(), sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 w = i < count ? load_l2(weights(i) + row) : make_float2(negative_infinity(), 0.f);
-      by[i] = w.x, sums[i] = w.y;
-      high = fmaxf(high, w.x);
-    }
-    const float base = high == negative_infinity() ? 0.f : high;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      by[i] = exp2_fast(by[i] - base);
-      sum += sums[i] * by[i];
-    }
-    const float over = rows.finish(row, high, sum, half == 0 && says && thread % 4 == 0);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) by[i] *= over;
-  }
-
-  // At most four pieces: several chunks are loaded at once.
-  ATTNKIT_DEVICE void add_few(int chunk, int end) const {
-    const int row = thread / 32 * 16 + thread % 32 / 4;
-    float by[2][4];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) weigh(r, chunk == 0, by[r]);
-    char *to0 = rows.place(row), *to1 = rows.place(row + 8);
-    constexpr int Batch = 4;
-#pragma unroll 1
-    for (; chunk < end; chunk += Batch) {
-      float4 parts[Batch][4];
-#pragma unroll
-      for (int c = 0; c < Batch; ++c) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          parts[c][i] = make_float4(0.f, 0.f, 0.f, 0.f);
-          if (i < count && chunk + c < end) parts[c][i] = load_l2(values(i) + (chunk + c) * 128 + thread);
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < Batch; ++c) {
-        float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          total.x += parts[c][i].x * by[0][i];
-          total.y += parts[c][i].y * by[0][i];
-          total.z += parts[c][i].z * by[1][i];
-          total.w += parts[c][i].w * by[1][i];
-        }
-        const int column = 8 * (chunk + c) + 2 * (thread % 4);
-        if (to0 && chunk + c < end) *reinterpret_cast<u32*>(to0 + column * 2) = pack<Bf16>(total.x, total.y);
-        if (to1 && chunk + c < end) *reinterpret_cast<u32*>(to1 + column * 2) = pack<Bf16>(total.z, total.w);
-      }
+  // Two columns, or two and those eight further on, of one row of a unit.
+  ATTNKIT_DEVICE static void values_of(const float4& x, int r, float (&v)[Values]) {
+    if constexpr (Narrow) {
+      const float2 a = unpack(__float_as_uint(r == 0 ? x.x : x.y), false), b = unpack(__float_as_uint(r == 0 ? x.z : x.w), false);
+      v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+    } else {
+      v[0] = r == 0 ? x.x : x.z, v[1] = r == 0 ? x.y : x.w;
     }
   }
 
-  // Any number of pieces, for one unit; Parts neighbouring threads share the pieces of a unit.
-  ATTNKIT_DEVICE void add_many(int unit, int part, int parts) const {
-    constexpr int Batch = 8;
+  // Units unit, unit + 128, ... (``units`` of at most Most), pieces part, part + parts, ...: Most x Pieces loads in flight.
+  // Threads side by side that share the pieces of their units add up theirs in the end.
+  template <int Most, int Pieces>
+  ATTNKIT_DEVICE void add_units(int unit, int units, int part, int parts) const {
     const int t = unit % 128, row = t / 32 * 16 + t % 32 / 4;
-    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-    float high[2] = {negative_infinity(), negative_infinity()}, sum[2] = {0.f, 0.f};
-    auto add = [&](const float4& x, const float2& w0, const float2& w1) {
-      const float most0 = fmaxf(high[0], w0.x), base0 = most0 == negative_infinity() ? 0.f : most0;
-      const float most1 = fmaxf(high[1], w1.x), base1 = most1 == negative_infinity() ? 0.f : most1;
-      const float old0 = exp2_fast(high[0] - base0), new0 = exp2_fast(w0.x - base0);
-      const float old1 = exp2_fast(high[1] - base1), new1 = exp2_fast(w1.x - base1);
-      total.x = total.x * old0 + x.x * new0;
-      total.y = total.y * old0 + x.y * new0;
-      total.z = total.z * old1 + x.z * new1;
-      total.w = total.w * old1 + x.w * new1;
-      sum[0] = sum[0] * old0 + w0.y * new0;
-      sum[1] = sum[1] * old1 + w1.y * new1;
-      high[0] = most0, high[1] = most1;
-    };
+    float high[2] = {negative_infinity(), negative_infinity()}, sum[2] = {0.f, 0.f}, total[2][Most][Values] = {};
 #pragma unroll 1
-    for (int i0 = part; i0 < count; i0 += parts * Batch) {
-      float4 x[Batch];
-      float2 w0[Batch], w1[Batch];
+    for (int i0 = part; i0 < count; i0 += parts * Pieces) {
+      float4 x[Most][Pieces];
+      float2 w[2][Pieces];
 #pragma unroll
-      for (int k = 0; k < Batch; ++k) {
-        const int i = i0 + k * parts;
-        x[k] = make_float4(0.f, 0.f, 0.f, 0.f);
-        w0[k] = w1[k] = make_float2(negative_infinity(), 0.f);
-        if (i < count) {
-          x[k] = load_l2(values(i) + unit);
-          w0[k] = load_l2(weights(i) + row);
-          w1[k] = load_l2(weights(i) + row + 8);
+      for (int k = 0; k < Pieces; ++k) {
+        const int i = i0 + k * parts, at = slot(min(i, count - 1));
+        const float2* from = partials.weights(at) + row;
+        w[0][k] = w[1][k] = make_float2(negative_infinity(), 0.f);
+        if (i < count) w[0][k] = load_l2(from), w[1][k] = load_l2(from + 8);
+#pragma unroll
+        for (int u = 0; u < Most; ++u) {
+          x[u][k] = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (i < count && u < units) x[u][k] = load_l2(partials.values(at) + unit + u * 128);
         }
       }
 #pragma unroll
-      for (int k = 0; k < Batch; ++k) add(x[k], w0[k], w1[k]);
+      for (int r = 0; r < 2; ++r) {
+        float most = high[r];
+#pragma unroll
+        for (int k = 0; k < Pieces; ++k) most = fmaxf(most, w[r][k].x);
+        const float base = most == negative_infinity() ? 0.f : most;
+        shrink(total[r], sum[r], exp2_fast(high[r] - base));
+        high[r] = most;
+#pragma unroll
+        for (int k = 0; k < Pieces; ++k) {
+          const float e = exp2_fast(w[r][k].x - base), by = e * w[r][k].y;
+          sum[r] += e;
+#pragma unroll
+          for (int u = 0; u < Most; ++u) {
+            float v[Values];
+            values_of(x[u][k], r, v);
+#pragma unroll
+            for (int c = 0; c < Values; ++c) total[r][u][c] += v[c] * by;
+          }
+        }
+      }
     }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (Most == 1) {
 #pragma unroll 1
-    for (int d = 1; d < parts; d *= 2) {
-      float4 x;
-      float2 w0, w1;
-      x.x = __shfl_xor_sync(~0u, total.x, d), x.y = __shfl_xor_sync(~0u, total.y, d);
-      x.z = __shfl_xor_sync(~0u, total.z, d), x.w = __shfl_xor_sync(~0u, total.w, d);
-      w0.x = __shfl_xor_sync(~0u, high[0], d), w0.y = __shfl_xor_sync(~0u, sum[0], d);
-      w1.x = __shfl_xor_sync(~0u, high[1], d), w1.y = __shfl_xor_sync(~0u, sum[1], d);
-      add(x, w0, w1);
-    }
-    if (part == 0) {
-      const bool says = half == 0 && unit < 128 && t % 4 == 0;
-      const float by0 = rows.finish(row, high[0], sum[0], says), by1 = rows.finish(row + 8, high[1], sum[1], says);
-      write(unit / 128, t, total, by0, by1);
+        for (int d = 1; d < parts; d *= 2) {
+          const float most = fmaxf(high[r], __shfl_xor_sync(~0u, high[r], d));
+          shrink(total[r], sum[r], exp2_fast(high[r] - (most == negative_infinity() ? 0.f : most)));
+          high[r] = most;
+          sum[r] += __shfl_xor_sync(~0u, sum[r], d);
+#pragma unroll
+          for (int c = 0; c < Values; ++c) total[r][0][c] += __shfl_xor_sync(~0u, total[r][0][c], d);
+        }
+      }
+      if (part != 0) continue;
+      const float by = rows.finish(row + 8 * r, high[r], sum[r], half == 0 && unit < 128 && t % 4 == 0);
+      char* to = rows.place(row + 8 * r) + (unit / 128 * (4 * Values) + 2 * (t % 4)) * 2;
+      if (!rows.has(row + 8 * r)) continue;
+#pragma unroll
+      for (int u = 0; u < Most; ++u) {
+        if (u >= units) break;
+#pragma unroll
+        for (int c = 0; c < Values; c += 2) {
+          *reinterpret_cast<u32*>(to + (u * 4 * Values + 4 * c) * 2) = pack<Bf16>(total[r][u][c] * by, total[r][u][c + 1] * by);
+        }
+      }
     }
   }
 
-  // Two who wait, and four pieces at most: each of the two keeps its half of the columns in registers.
-  ATTNKIT_DEVICE bool keeps_own() const { return mine() >= 0 && waiting() == 2 && count <= 4; }
+  template <int Most>
+  ATTNKIT_DEVICE static void shrink(float (&total)[Most][Values], float& sum, float by) {
+    sum *= by;
+#pragma unroll
+    for (int u = 0; u < Most; ++u) {
+#pragma unroll
+      for (int c = 0; c < Values; ++c) total[u][c] *= by;
+    }
+  }
 
   // Adds up the columns that the j-th of those who wait is in charge of.
   ATTNKIT_DEVICE void add_part(int j) const {
-    const int sharing = waiting(), parts = sharing >= 128 ? 4 : sharing >= 64 ? 2 : 1;
-    if (parts > 1) {
-      if (j < Chunks * parts) add_many(j * (128 / parts) + thread / parts, thread % parts, parts);
-      return;
-    }
-    const int shares = min(sharing, Chunks), begin = j * Chunks / shares, end = (j + 1) * Chunks / shares;
+    int shares = 1;
+    while (shares < 64 && 2 * shares <= waiting()) shares *= 2;
     if (j >= shares) return;
-    if (count <= 4) {
-      add_few(begin, end);
+    const int each = Units / shares, end = (j + 1) * each, parts = max(1, 128 / each);
+    if (each >= 512) {
+#pragma unroll 1
+      for (int unit = j * each; unit < end; unit += 1024) add_units<8, 2>(unit + thread, min(8, each / 128), 0, 1);
     } else {
 #pragma unroll 1
-      for (int c = begin; c < end; ++c) add_many(c * 128 + thread, 0, 1);
+      for (int unit = j * each; unit < end; unit += 128 / parts) add_units<1, 8>(unit + thread / parts, 1, thread % parts, parts);
     }
   }
 
@@ -261,13 +244,12 @@ struct MlaMeeting {
   // Which part of the columns is this piece's to add up; negative: it does not wait.
   ATTNKIT_DEVICE int mine() const { return index - early; }
 
-  // What others need of this piece's sums is in the workspace, written by all threads of the warpgroup.
+  // This piece's sums are in the workspace, written by all threads of the warpgroup.
   ATTNKIT_DEVICE int meet() const {
     named_barrier(barrier, 128);
     return tell(thread == 0 ? arrive() : 0);
   }
 
-  // All of this piece's sums are in the workspace.
   ATTNKIT_DEVICE int give_up() const {
     int todo = kLeaves;
     named_barrier(barrier, 128);
@@ -282,17 +264,20 @@ struct MlaMeeting {
     return tell(todo);
   }
 
-  // Does what others left; the counters are zero again when all have been here.
-  ATTNKIT_DEVICE void leave(int todo) const {
+  // Adds up what is this piece's to add, then, for the last to arrive, what others left; the counters are zero again
+  // when all have been here.
+  ATTNKIT_DEVICE void add_and_leave(int todo) const {
 #pragma unroll 1
-    for (int other = 0; todo == kLastOfSome && other < waiting(); ++other) {
-      int* given_up = partials.given_up(cell(other + early));
-      if (other == mine() || tell(thread == 0 ? *reinterpret_cast<volatile int*>(given_up) : 0) == 0) continue;
-      add_part(other);
-      if (thread == 0) *given_up = 0;
+    for (int other = -1; other < (todo == kLastOfSome ? waiting() : 0); ++other) {
+      const int j = other < 0 ? mine() : other;
+      if (other < 0 ? todo == kLeaves || j < 0 : j == mine()) continue;
+      int* given_up = partials.given_up(cell(max(j, 0) + early));
+      if (other >= 0 && tell(thread == 0 ? *reinterpret_cast<volatile int*>(given_up) : 0) == 0) continue;
+      add_part(j);
+      if (other >= 0 && thread == 0) *given_up = 0;
     }
     named_barrier(barrier, 128);
-    if (thread == 0 && add_release(partials.left(cell(0)), 1) == count - 1) {
+    if (thread == 0 && add_relaxed(partials.left(cell(0)), 1) == count - 1) {
       *partials.arrived(cell(0)) = 0;
       *partials.left(cell(0)) = 0;
     }

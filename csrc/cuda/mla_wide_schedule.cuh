@@ -25,7 +25,7 @@ struct MlaWideParams {
   const void* sinks;   // [H]
   char* out;           // [B, Q, H, C]
   float* lse;          // [B, Q, H]
-  float* partial;      // [2 * cells, 32, 128] float4 weighted sums, then float2 [2 * cells, 64]: (maximum, sum)
+  float* partial;      // [2 * cells, 32, 128] float4, then [2 * cells, 64] float2: MlaPartials
   int* counters;       // [3, cells]: arrived, left, gave up; zero between launches
   i64 pages_b, out_b, out_i, out_h;
   int B, Q, H;
@@ -58,6 +58,18 @@ struct MlaPiece {
   ATTNKIT_DEVICE bool takes_over() const { return handed_on() && index == 1; }
 };
 
+// n / d, rounded down, for n >= 0 and d > 0. Shorter than /, and a kernel's first instructions come from L2 one by one. The
+// estimate is one off, or a few where n is beyond 2^24.
+ATTNKIT_DEVICE int mla_divide(int n, int d) {
+  int q = static_cast<int>(static_cast<float>(n) * reciprocal(static_cast<float>(d)));
+  q = min(q, n);
+#pragma unroll 1
+  while (static_cast<i64>(q) * d > n) --q;
+#pragma unroll 1
+  while (static_cast<i64>(q + 1) * d <= n) ++q;
+  return q;
+}
+
 // Used by one whole warp: every lane has the same state.
 struct MlaWalker {
   static constexpr int T = 64;
@@ -71,9 +83,10 @@ struct MlaWalker {
   ATTNKIT_DEVICE MlaWalker(const MlaWideParams& params, int group) : p(params) { state.group = group; }
   ATTNKIT_DEVICE MlaWalker(const MlaWideParams& params, const State& saved) : p(params), state(saved) {}
 
-  // A sequence of length 0 has one tile, all masked: someone must write its output.
+  // A sequence of length 0 has one tile, all masked: someone must write its output. Past L1, as lens are also read
+  // while the previous grid may still change them.
   ATTNKIT_DEVICE static void measure(const MlaWideParams& p, int b, int& length, int& low, int& tiles) {
-    length = min(max(p.lens[b], 0), p.capacity);
+    length = min(max(load_l2(p.lens + b), 0), p.capacity);
     low = p.window > 0 ? max(0, length - p.Q - p.window + 1) : 0;
     tiles = max(1, (length + T - 1) / T - low / T);
   }
@@ -88,32 +101,41 @@ struct MlaWalker {
 
   ATTNKIT_DEVICE int owner(int at) const {
     const int big = state.extra * (state.share + 1), past = at < big ? 0 : big;
-    return (past ? state.extra : 0) + (at - past) / (at < big ? state.share + 1 : state.share);
+    return (past ? state.extra : 0) + mla_divide(at - past, at < big ? state.share + 1 : state.share);
+  }
+
+  // Shares of ``total`` tiles, ``most`` of them in the longest sequence.
+  ATTNKIT_DEVICE void share_out(int total, int most) {
+    int used = max(1, min(p.groups, p.least_tiles > 1 ? mla_divide(total, p.least_tiles) : total));
+    const int largest = mla_divide(total + used - 1, used);
+    used = mla_divide(total + largest - 1, largest);  // fewer groups, if none has more to do for it
+    // Equal sequences are cut into equal pieces where that leaves few groups idle: fewer pieces have to meet.
+    if (used > p.B && total == most * p.B) {
+      const int even = mla_divide(used, p.B) * p.B;
+      if ((used - even) * 16 <= used) used = even;
+    }
+    state.share = mla_divide(total, used);
+    state.extra = total - state.share * used;
+    state.begin = state.group < used ? begin_of(state.group) : total;
+    state.position = state.group < used ? begin_of(state.group + 1) : total;
   }
 
   ATTNKIT_DEVICE void place() {
     const int lane = threadIdx.x & 31;
-    int total = 0, most = 0;
+    int total = 0, most = 0, mine = 0;
+#pragma unroll 1
     for (int b0 = 0; b0 < p.B; b0 += 32) {
-      const int mine = tiles_of(b0 + lane);
+      mine = tiles_of(b0 + lane);
       total += mine;
       most = max(most, mine);
     }
-    total = __reduce_add_sync(~0u, total);
-    most = __reduce_max_sync(~0u, most);
-    int used = max(1, min(p.groups, total / p.least_tiles));
-    // Equal sequences are cut into equal pieces where that leaves few groups idle: fewer pieces have to meet.
-    const int over = used % p.B;
-    if (used > p.B && total == most * p.B && over * 16 <= used) used -= over;
-    state.share = total / used;
-    state.extra = total - state.share * used;
-    state.begin = state.group < used ? begin_of(state.group) : total;
-    state.position = state.group < used ? begin_of(state.group + 1) : total;
+    share_out(__reduce_add_sync(~0u, total), __reduce_max_sync(~0u, most));
     state.b = 0, state.start = 0, state.length = 0, state.low = 0, state.tiles = 0;
     if (state.position <= state.begin) return;
     int before = 0;
+#pragma unroll 1
     for (int b0 = 0; b0 < p.B; b0 += 32) {
-      const int mine = tiles_of(b0 + lane);
+      if (p.B > 32) mine = tiles_of(b0 + lane);
       int sum = mine;
 #pragma unroll
       for (int d = 1; d < 32; d *= 2) {

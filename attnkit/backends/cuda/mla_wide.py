@@ -137,7 +137,7 @@ def prepare(plan: Any) -> None:
     }  # fmt: skip
     index = index_of(sig.device)
     plan.state["launch"] = compiled().CudaLaunch(
-        kernel(_variant(sig), NAME, index, builds.SHARED_BYTES), (groups * row_blocks * ctas, 1, 1), (builds.THREADS, 1, 1),
+        kernel(_variant(sig), NAME, index, builds.SHARED_BYTES), (ctas, row_blocks, groups), (builds.THREADS, 1, 1),
         (ctas, 1, 1), True, PARAMS.pack(values), [PARAMS.offsets[name] for name in EACH_CALL], _maps(sig, box),
     )  # fmt: skip
     plan.state["index"] = index
