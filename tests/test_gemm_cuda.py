@@ -49,7 +49,9 @@ def test_every_config_fits(shape, dtype):
             stages = builds.stages(c.block_m, c.block_n)
             assert 3 <= stages and gemm_cuda.smem(c, sig) <= H200.smem
             assert c.block_m // c.cluster_n % 8 == 0 and c.block_n // c.cluster_m % 8 == 0
-            assert c.splits <= -(-sig.K // 128) and c.group >= 1
+            assert c.splits <= -(-sig.K // 128) and 1 <= c.group <= gemm_cuda.cluster_tiles(sig, c)[0]
+            box = cuda_gemm.a_box(M, c)
+            assert box % 8 == 0 and min(M, c.block_m) <= box * c.cluster_n <= c.block_m
             assert builds.build(dtype == torch.int8, c.block_m, c.block_n, c.turns) in builds.shipped()
         assert gemm_cuda.default(sig, H200) == gemm_cuda.candidates(sig, H200)[0]
 
@@ -110,6 +112,23 @@ def test_every_cluster_matches_float64(shape, cluster, dtype):
     a, w, a_scale, w_scale = inputs(M, N, K, dtype)
     bias = torch.randn(N, device="cuda").to(torch.float16)
     close(a, w, a_scale, w_scale, bias, run(a, w, a_scale, w_scale, config, bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])
+@pytest.mark.parametrize("cluster", CLUSTERS, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(100, 1008, 640), (65, 1001, 2000), (192, 4104, 1040), (33, 160, 1104), (130, 144, 4096)], ids=str
+)
+def test_tiles_that_would_end_outside_match_float64(shape, cluster, dtype):
+    """They are moved back inside, and a load of a brings no more rows than there are."""
+    M, N, K = shape
+    a, w, a_scale, w_scale = inputs(M, N, K, dtype)
+    for width in (64, 128, 192):
+        config = CudaConfig(128, width, *cluster, 1)
+        first = run(a, w, a_scale, w_scale, config)
+        close(a, w, a_scale, w_scale, None, first)
+        assert torch.equal(first, run(a, w, a_scale, w_scale, config))
 
 
 @pytest.mark.gpu

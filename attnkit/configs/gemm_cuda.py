@@ -38,8 +38,8 @@ CLUSTERS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 2), (1
 TURN_CLUSTERS = ((2, 1, 1), (1, 1, 1))
 #: The model counts cycles; under load an H200 has about so many a second.
 CLOCK = 1.55e9
-DRAM = 4.2e12 / CLOCK  # bytes a cycle
-L2 = 58.2  # bytes a cycle and multiprocessor
+DRAM = 3.7e12 / CLOCK  # bytes a cycle
+L2 = 76  # bytes a cycle and multiprocessor
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -57,33 +57,39 @@ def cluster_tiles(sig: GemmSig, c: CudaConfig) -> tuple[int, int]:
 
 
 def cycles(sig: GemmSig, c: CudaConfig, arch: Arch) -> float:
-    """About how long ``c`` takes: waves of tiles, each as slow as its scarcest resource, and never faster than memory."""
+    """About how long ``c`` takes: waves of tiles, each as slow as its scarcest resource, and never faster than memory.
+
+    Fitted to sweeps on an H200 (docs/hopper/gemm.md): the constants are the best together, none of them a measurement.
+    """
     m, n = cluster_tiles(sig, c)
     waves = _cdiv(m * n, resident(c, arch))
     steps = _cdiv(_cdiv(sig.K, 128), c.splits)
     tensor = c.block_m * c.block_n / 32
-    shared = 1.3 * c.block_m / 64 * (64 + c.block_n)
+    shared = 1.27 * c.block_m / 64 * (64 + c.block_n)
     l2 = (c.block_m / c.cluster_n + c.block_n / c.cluster_m) * 128 / L2
-    promote = 0 if sig.dtype == torch.int8 else 110
-    step = max(tensor + promote, shared, l2) + 0.2 * l2 + 0.1 * c.block_n / c.cluster_m  # w comes from afar
-    finish = 500 + 15 * c.block_n
-    meeting = (c.splits > 1) * (1200 + c.block_m * c.block_n / 5)
-    busy = waves * (steps * step + 200) + 2 * finish if c.turns else waves * (steps * step + finish) + meeting
-    memory = (sig.N * sig.K + sig.M * sig.K + 2 * sig.M * sig.N) / DRAM
-    size = c.cluster_m * c.cluster_n * c.splits
-    if size > 1:  # CTAs that wait for one another
-        memory, busy = 1.05 * memory, (1.05 if size > 2 else 1.01) * busy
-    return 2900 + max(busy, memory) + 0.15 * min(busy, memory)
+    promote = 0 if sig.dtype == torch.int8 else 130 - 0.7 * c.block_n if builds.parts(False, c.block_n) == 2 else 130
+    step = max(tensor + promote, shared, l2)
+    finish = 6 * c.block_n
+    meeting = (c.splits > 1) * (1850 + c.block_m * c.block_n * 0.19)
+    busy = waves * (steps * step + (200 if c.turns else 500)) + (1.65 if c.turns else waves) * finish + meeting
+    memory = (sig.N * sig.K + sig.M * sig.K + 2 * sig.M * sig.N) / DRAM + finish
+    busy *= (0.94 if c.cluster_m > 1 else 1) * (1.02 if c.cluster_n > 1 else 1)  # w is shared at no cost, a is not
+    return 5000 + max(busy, memory) + 0.3 * min(busy, memory)
 
 
-def _group(c: CudaConfig, arch: Arch) -> int:
-    """Rows such that what runs at one time is about as tall as it is wide."""
-    return max(1, isqrt(resident(c, arch) * c.cluster_n * c.block_n // (c.cluster_m * c.block_m)))
+def _group(sig: GemmSig, c: CudaConfig, arch: Arch) -> int:
+    """Rows such that what runs at one time is about as tall as wide, or all whose a fits a fifth of L2: each group reads w."""
+    rows = cluster_tiles(sig, c)[0]
+    square = isqrt(resident(c, arch) * c.cluster_n * c.block_n // (c.cluster_m * c.block_m))
+    held = arch.l2 // 5 // (c.cluster_m * c.block_m * max(1, sig.K))
+    groups = max(1, _cdiv(rows, max(1, square, held)))
+    return max(1, _cdiv(rows, groups))
 
 
-def _fits(sig: GemmSig, c: CudaConfig) -> bool:
-    if c.splits > _cdiv(sig.K, 128):
-        return False
+def _fits(sig: GemmSig, c: CudaConfig, arch: Arch) -> bool:
+    m, n = cluster_tiles(sig, c)
+    if c.splits > 1 and (c.splits > _cdiv(sig.K, 128) or m * n > resident(c, arch)):
+        return False  # splits in several waves took twice the time
     return (c.cluster_m == 1 or sig.M > c.block_m) and (c.cluster_n == 1 or sig.N > c.block_n)
 
 
@@ -95,8 +101,8 @@ def _every(sig: GemmSig, arch: Arch) -> list[CudaConfig]:
     found = []
     for width, m, n, splits, turns in kinds:
         c = CudaConfig(128, width, m, n, splits, 1, turns)
-        if _fits(sig, c):
-            found.append(CudaConfig(128, width, m, n, splits, _group(c, arch), turns))
+        if _fits(sig, c, arch):
+            found.append(CudaConfig(128, width, m, n, splits, _group(sig, c, arch), turns))
     return sorted(found, key=lambda c: cycles(sig, c, arch))
 
 

@@ -29,6 +29,7 @@ struct GemmParams {
   int tiles_m, tiles_n;  // of clusters, not of CTAs
   int group;             // rows of cluster tiles that are walked together
   int cluster_m, cluster_n, splits;
+  int a_box;             // rows of a that one load brings
   int a_rows, w_rows;    // a scale a row, else one for all
   int bias_type, out_type, whole;
   int stream;            // w is read once: it should leave L2 first
@@ -36,9 +37,10 @@ struct GemmParams {
 
 // Every warpgroup has 64 rows of each tile. Or (Turns) two take whole tiles of 128 rows in turn, so that one finishes a
 // tile while the other multiplies.
-template <bool Int8_, int Consumers_, int BN_, int Stages_, bool Turns_>
+template <bool Int8_, int Consumers_, int BN_, int Stages_, bool Turns_, int Parts_>
 struct GemmShape {
   static constexpr bool Int8 = Int8_, Turns = Turns_;
+  static constexpr int Parts = Parts_;                   // e4m3: sets of sums, so that one is multiplied while one is added up
   static constexpr int Consumers = Consumers_, BN = BN_, Stages = Stages_;
   static constexpr int BM = 64 * Consumers, Groups = BN / 8;
   static constexpr int Halves = Turns ? 2 : 1;           // of 64 rows a warpgroup
@@ -49,6 +51,7 @@ struct GemmShape {
   static constexpr int SharedBytes = 1024 + Stages * StageBytes + StagingBytes + ScaleBytes + 256;
   static constexpr int ConsumerRegisters = Consumers == 3 ? 160 : 232, ProducerRegisters = Consumers == 3 ? 32 : 40;
   static_assert(!Turns || (Int8 && Consumers == 2 && BN <= 192), "a warpgroup holds 128 x BN sums in registers");
+  static_assert(Parts == 1 || (!Int8 && Parts == 2 && BN <= 128), "registers hold no more");
   static_assert(BN % 16 == 0 && BN <= 256 && Stages <= 12, "one wgmma wide, and barriers that fit their 256 bytes");
   static_assert(Stages * StageBytes >= (Groups + 3) * 16 * 128 * Consumers, "a split's pieces meet where the ring was");
 };
@@ -123,25 +126,43 @@ struct GemmWalk {
   ATTNKIT_DEVICE int first() const { return static_cast<u32>(p.steps * k()) >> log2(p.splits); }
   ATTNKIT_DEVICE int last() const { return static_cast<u32>(p.steps * (k() + 1)) >> log2(p.splits); }
 
-  // Finds the current tile; false at the end. Groups of rows, so that what runs at one time shares slices in L2.
+  // Finds the current tile; false at the end. Groups of rows, so that what runs at one time shares slices in L2. A tile
+  // that would end outside is moved back inside, and what it shares with its neighbour is computed twice, to the same
+  // bits: rows from outside, which the copy engine fills with zeros, take it longer than rows from memory.
   ATTNKIT_DEVICE bool find() {
     if (tile >= p.tiles_m * p.tiles_n) return false;
     const u32 per_group = p.group * p.tiles_n, g = tile / per_group, within = tile - g * per_group;
     const u32 height = min(p.tiles_m - g * p.group, p.group), across = within / height;
-    row = ((g * p.group + within - across * height) * p.cluster_m + m()) * Shape::BM;
-    column = (across * p.cluster_n + n()) * Shape::BN;
+    const int down = g * p.group + within - across * height;
+    row = max(0, min((down * p.cluster_m + m()) * Shape::BM, p.M - Shape::BM));
+    column = max(0, min((static_cast<int>(across) * p.cluster_n + n()) * Shape::BN, (p.N - Shape::BN + 7) & ~7));
     return true;
   }
 
   ATTNKIT_DEVICE void next() { tile += gridDim.x >> shift(); }
 };
 
+// Brings a box into L2 only.
+ATTNKIT_DEVICE void tma_prefetch_2d(const void* map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
+
+// Until the previous grid has ended nothing that it may write can be read; but the first weights can come as near as L2.
+// More than 48 KB of them hold up the slices that follow.
+template <class Shape>
+ATTNKIT_DEVICE void gemm_prefetch(const GemmParams& p) {
+  GemmWalk<Shape> walk(p);
+  if (!walk.find()) return;
+  const int first = walk.first(), last = min(walk.last(), first + 384 / Shape::BN);
+  for (int i = first; i < last; ++i) tma_prefetch_2d(&p.w_map, i * 128, walk.column);
+}
+
 // The elected thread of the first producer warp: slices of both operands, as many CTAs as share one load a part each.
 template <class Shape>
 ATTNKIT_DEVICE void gemm_load(const GemmParams& p, const GemmShared<Shape>& s) {
   GemmWalk<Shape> walk(p);
   const int m = walk.m(), n = walk.n(), k = walk.k(), first = walk.first(), last = walk.last();
-  const int a_rows = Shape::BM / p.cluster_n, w_rows = Shape::BN / p.cluster_m;
+  const int a_rows = p.a_box, w_rows = Shape::BN / p.cluster_m, bytes = (a_rows * p.cluster_n + Shape::BN) * 128;
   u32 a_mask = 0, w_mask = 0;
   for (int i = 0; i < p.cluster_n; ++i) a_mask |= 1u << walk.rank(m, i, k);
   for (int i = 0; i < p.cluster_m; ++i) w_mask |= 1u << walk.rank(i, n, k);
@@ -153,7 +174,7 @@ ATTNKIT_DEVICE void gemm_load(const GemmParams& p, const GemmShared<Shape>& s) {
     for (int i = first; i < last; ++i) {
       const u32 full = s.full + 8 * ring.stage, offset = ring.stage * Shape::StageBytes;
       mbarrier_wait(s.empty + 8 * ring.stage, ring.parity ^ 1);
-      mbarrier_arrive_expect(full, Shape::StageBytes);
+      mbarrier_arrive_expect(full, bytes);
       if (p.cluster_n > 1) {
         tma_load_2d_multicast(a_at + offset, &p.a_map, full, i * 128, a_row, static_cast<u16>(a_mask));
       } else {
@@ -279,21 +300,53 @@ struct GemmConsumer {
     release(before);
   }
 
+  ATTNKIT_DEVICE void promote(const Sum (&part)[Halves][Count]) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) sums[0][i] += part[0][i];
+  }
+
   // e4m3: the tensor core's sums keep some 14 bits, so every 128 of K are added up in float32 registers.
   ATTNKIT_DEVICE void add_up_promoted() {
-    Sum part[Halves][Count];
 #pragma unroll
     for (int i = 0; i < Count; ++i) sums[0][i] = 0;
-    const int steps = walk.last() - walk.first();
-    for (int step = 0; step < steps; ++step) {
+    int steps = walk.last() - walk.first();
+    if constexpr (Shape::Parts == 2) {
+      for (; steps >= Run; steps -= Run) add_up_run();
+    }
+    Sum part[Halves][Count];
+    for (; steps > 0; --steps) {
       mbarrier_wait(s.full + 8 * ring.stage, ring.parity);
       multiply(part, 0);
       wgmma_wait<0>();
       hold(part);
       release(ring.stage);
       ring.next();
+      promote(part);
+    }
+  }
+
+  // ``Run`` slices, each multiplied while the one before it is added up. Unrolled, since ptxas does not follow sums that
+  // are read beside a product in flight round a loop: it would serialise them.
+  static constexpr int Run = 8;
+  ATTNKIT_DEVICE void add_up_run() {
+    Sum part[2][Halves][Count];
 #pragma unroll
-      for (int i = 0; i < Count; ++i) sums[0][i] += part[0][i];
+    for (int i = 0; i <= Run; ++i) {
+      const int before = ring.stage == 0 ? Shape::Stages - 1 : ring.stage - 1;
+      if (i < Run) {
+        mbarrier_wait(s.full + 8 * ring.stage, ring.parity);
+        multiply(part[i % 2], 0);
+        ring.next();
+      }
+      if (i == 0) continue;
+      if (i < Run) {
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
+      hold(part[(i + 1) % 2]);
+      release(before);
+      promote(part[(i + 1) % 2]);
     }
   }
 
@@ -389,6 +442,10 @@ ATTNKIT_DEVICE void gemm(const GemmParams& p) {
   launch_dependents();
   if (threadIdx.x == 0) s.init_barriers(p.cluster_m + p.cluster_n - 1, p.splits, GemmWalk<Shape>(p).k());
   if (threadIdx.x == 32) tma_prefetch_map(&p.a_map), tma_prefetch_map(&p.w_map);
+  if (p.stream && p.cluster_m == 1 && warp == 4 * Shape::Consumers) {
+    if (elect_one()) gemm_prefetch<Shape>(p);
+    __syncwarp();
+  }
   __syncthreads();
   const bool alone = p.cluster_m * p.cluster_n * p.splits == 1;
   if (!alone) cluster_meet();

@@ -21,8 +21,8 @@ PARAMS = launch.Fields(
     maps=("a_map", "w_map"),
     words=(*POINTERS, "out_m"),
     ints=(
-        "M", "N", "steps", "tiles_m", "tiles_n", "group", "cluster_m", "cluster_n", "splits", "a_rows", "w_rows", "bias_type",
-        "out_type", "whole", "stream",
+        "M", "N", "steps", "tiles_m", "tiles_n", "group", "cluster_m", "cluster_n", "splits", "a_box", "a_rows", "w_rows",
+        "bias_type", "out_type", "whole", "stream",
     ),
     floats=(),
 )  # fmt: skip
@@ -59,6 +59,12 @@ def _map(rows: int, K: int, stride: int, box: int) -> Any:
     )  # fmt: skip
 
 
+def a_box(M: int, c: gemm_cuda.CudaConfig) -> int:
+    """Rows of a that one load brings: a tile's, or all M where they are fewer; in whole groups of 8 (the swizzle's)."""
+    whole = 8 * c.cluster_n
+    return min(c.block_m, -(-M // whole) * whole) // c.cluster_n
+
+
 def _check(sig: GemmSig, c: gemm_cuda.CudaConfig) -> None:
     """Raises ValueError for a config that the kernel has no build for."""
     int8 = sig.dtype == torch.int8
@@ -76,16 +82,16 @@ def _prepare(plan: Plan) -> Any:
     device = arch.of(sig.device)
     _check(sig, c)
     maps = [
-        ("a", _map(sig.M, sig.K, sig.a_stride[0], c.block_m // c.cluster_n)),
+        ("a", _map(sig.M, sig.K, sig.a_stride[0], a_box(sig.M, c))),
         ("w", _map(sig.N, sig.K, sig.w_stride[0], c.block_n // c.cluster_m)),
     ]
     tiles_m, tiles_n = gemm_cuda.cluster_tiles(sig, c)
     values = {
         "out_m": sig.out_stride[0] * sig.out_dtype.itemsize, "M": sig.M, "N": sig.N, "steps": -(-sig.K // 128),
         "tiles_m": tiles_m, "tiles_n": tiles_n, "group": c.group, "cluster_m": c.cluster_m, "cluster_n": c.cluster_n,
-        "splits": c.splits, "a_rows": int(sig.a_scale_per_token), "w_rows": int(sig.w_scale_per_channel),
-        "bias_type": TYPES[sig.bias], "out_type": TYPES[sig.out_dtype], "whole": int(sig.aligned),
-        "stream": int(tiles_m == 1),
+        "splits": c.splits, "a_box": a_box(sig.M, c), "a_rows": int(sig.a_scale_per_token),
+        "w_rows": int(sig.w_scale_per_channel), "bias_type": TYPES[sig.bias], "out_type": TYPES[sig.out_dtype],
+        "whole": int(sig.aligned), "stream": int(tiles_m == 1),
     }  # fmt: skip
     kernel = launch.kernel(_variant(sig, c), NAME, launch.index_of(sig.device), gemm_cuda.smem(c, sig))
     clusters, size = tiles_m * tiles_n, c.cluster_m * c.cluster_n * c.splits

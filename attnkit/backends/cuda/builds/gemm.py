@@ -23,6 +23,11 @@ def stages(block_m: int, block_n: int) -> int:
     return min(MOST_STAGES, (MOST_SHARED - shared_bytes(block_m, block_n, 0)) // ((block_m + block_n) * 128))
 
 
+def parts(int8: bool, block_n: int) -> int:
+    """Sets of e4m3 sums beside the float32 ones: a second one, where registers hold it, keeps the tensor cores busy."""
+    return 2 if not int8 and block_n <= 128 else 1
+
+
 def build(int8: bool, block_m: int, block_n: int, turns: bool = False) -> Variant:
     """One build of csrc/cuda/gemm_sm90.cu: GemmShape's parameters."""
     values = {
@@ -31,6 +36,7 @@ def build(int8: bool, block_m: int, block_n: int, turns: bool = False) -> Varian
         "BN": block_n,
         "STAGES": stages(block_m, block_n),
         "TURNS": int(turns),
+        "PARTS": parts(int8, block_n),
     }
     return variant("gemm_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
