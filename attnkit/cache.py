@@ -10,14 +10,15 @@ from torch import Tensor
 from attnkit import attention, check, registry, settings
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import cache as cpu_cache
+from attnkit.backends.cuda import cache as cuda_cache
 from attnkit.backends.triton import cache as triton_cache
 from attnkit.backends.triton import decode as triton_decode
 from attnkit.dispatch import PlanCache, make_plan
 from attnkit.signature import MergeSig, WriteSig
 
 WRITE, MERGE = "write_kv", "merge_states"
-KERNELS = (triton_cache.WRITE_KV, cpu_cache.WRITE_KV, torch_ref.WRITE_KV)
-MERGE_KERNELS = (triton_decode.MERGE, cpu_cache.MERGE, torch_ref.MERGE)
+KERNELS = (cuda_cache.WRITE_KV, triton_cache.WRITE_KV, cpu_cache.WRITE_KV, torch_ref.WRITE_KV)
+MERGE_KERNELS = (cuda_cache.MERGE, triton_decode.MERGE, cpu_cache.MERGE, torch_ref.MERGE)
 _WRITE_PLANS = PlanCache()
 _MERGE_PLANS = PlanCache()
 
@@ -79,7 +80,8 @@ def write_kv(
 
 def _run_write(k, v, k_cache, v_cache, slots, k_scale, v_scale, impl) -> None:
     tensors = (k, v, k_cache, v_cache, slots, k_scale, v_scale)
-    key = attention.call_key(tensors, True, (impl,))
+    aligned = not (k.data_ptr() | v.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) & 15
+    key = attention.call_key(tensors, aligned, (impl,))
     plan = _WRITE_PLANS.get(key)
     if plan is None:
         plan = _WRITE_PLANS.put(key, make_plan(KERNELS, _write_signature(*tensors), impl))
@@ -98,10 +100,12 @@ def _write_signature(k, v, k_cache, v_cache, slots, k_scale, v_scale) -> WriteSi
     a.tensor("slots", slots, "T", (torch.int64,))
     attention.check_scales(a, k_scale, v_scale, k_cache.dtype)
     n = a.size
+    rows = n["D"] % 8 == 0 == n["Dv"] % 8 and check.multiples(8, k_cache, v_cache) and check.aligned16(k, v)
+    aligned = rows and (k_cache.dtype.itemsize == 1 or check.aligned16(k_cache, v_cache))
     return WriteSig(
         op=WRITE, device=k.device, dtype=k.dtype, kv_dtype=k_cache.dtype, T=n["T"], Hkv=n["Hkv"], D=n["D"], Dv=n["Dv"],
         P=n["P"], S=n["S"], k_in_stride=k.stride(), v_in_stride=v.stride(), k_stride=k_cache.stride(),
-        v_stride=v_cache.stride(), k_scale=k_scale is not None, v_scale=v_scale is not None,
+        v_stride=v_cache.stride(), k_scale=k_scale is not None, v_scale=v_scale is not None, aligned=aligned,
     )  # fmt: skip
 
 
@@ -142,7 +146,8 @@ def merge_states(
 
 def _run_merge(out_a, lse_a, out_b, lse_b, out, lse, impl) -> None:
     tensors = (out_a, lse_a, out_b, lse_b, out, lse)
-    key = attention.call_key(tensors, True, (impl,))
+    aligned = not (out_a.data_ptr() | out_b.data_ptr() | out.data_ptr()) & 15
+    key = attention.call_key(tensors, aligned, (impl,))
     plan = _MERGE_PLANS.get(key)
     if plan is None:
         plan = _MERGE_PLANS.put(key, make_plan(MERGE_KERNELS, _merge_signature(*tensors), impl))
@@ -165,7 +170,8 @@ def _merge_signature(out_a, lse_a, out_b, lse_b, out, lse) -> MergeSig:
     for name, t in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b), ("out", out)):
         if not t.is_contiguous():
             raise a.fail(f"{name}'s layout", f"strides {t.stride()}", "contiguous")
-    return MergeSig(op=MERGE, device=out.device, dtype=out.dtype, rows=lse.numel(), Dv=out.shape[-1])
+    aligned = check.aligned16(*(t.view(-1) for t in (out_a, out_b, out)))
+    return MergeSig(op=MERGE, device=out.device, dtype=out.dtype, rows=lse.numel(), Dv=out.shape[-1], aligned=aligned)
 
 
 _merge_op = registry.define(

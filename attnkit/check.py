@@ -80,13 +80,18 @@ def is_power_of_two(n: int) -> bool:
 
 def aligned16(*tensors: torch.Tensor | None) -> bool:
     """True if every base pointer and every stride but the last is a multiple of 16 bytes."""
+    return multiples(16, *tensors)
+
+
+def multiples(size: int, *tensors: torch.Tensor | None) -> bool:
+    """True if every base pointer and every stride but the last is a multiple of ``size`` bytes."""
     for t in tensors:
         if t is None:
             continue
-        if t.data_ptr() % 16:
+        if t.data_ptr() % size:
             return False
-        size = t.element_size()
-        if any(n > 1 and s * size % 16 for n, s in zip(t.shape[:-1], t.stride()[:-1])):
+        item = t.element_size()
+        if any(n > 1 and s * item % size for n, s in zip(t.shape[:-1], t.stride()[:-1])):
             return False
     return True
 

@@ -12,13 +12,14 @@ from attnkit.attention import call_key
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import gemm as cpu_gemm
 from attnkit.backends.cuda import gemm as cuda_gemm
+from attnkit.backends.cuda import gemm_skinny as cuda_gemm_skinny
 from attnkit.backends.triton import gemm as triton_gemm
 from attnkit.dispatch import PlanCache, make_plan
 from attnkit.roofline import Cost
 from attnkit.signature import GemmSig
 
 GEMM = "w8a8_gemm"
-KERNELS = (cuda_gemm.W8A8_GEMM, triton_gemm.W8A8_GEMM, cpu_gemm.W8A8_GEMM, torch_ref.W8A8_GEMM)
+KERNELS = (cuda_gemm_skinny.W8A8_GEMM, cuda_gemm.W8A8_GEMM, triton_gemm.W8A8_GEMM, cpu_gemm.W8A8_GEMM, torch_ref.W8A8_GEMM)
 _GEMM_PLANS = PlanCache()
 
 

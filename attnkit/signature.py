@@ -231,6 +231,7 @@ class WriteSig:
     v_stride: tuple[int, ...]
     k_scale: bool
     v_scale: bool
+    aligned: bool  # 16 bytes of k and v, and what the cache keeps of them, start at whole multiples of their size
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +259,7 @@ class MergeSig:
     dtype: torch.dtype
     rows: int
     Dv: int
+    aligned: bool
 
 
 Sig = (

@@ -71,6 +71,7 @@ def first_calls(nvrtc: bool) -> dict[str, float]:
         call()
         torch.cuda.synchronize()
         seconds[name] = time.perf_counter() - start
+        print(f"{name}: {seconds[name]:.2f} s", file=sys.stderr, flush=True)
     return seconds
 
 

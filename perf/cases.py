@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from attnkit.workload import Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+from attnkit.workload_cache import Merge, WriteKv
 from attnkit.workload_quantize import QuantizedLinear, RmsNormQuantize, SiluMulQuantize
 
-FAMILIES = ("prefill", "decode", "mla", "gemm", "sampling")
+FAMILIES = ("prefill", "decode", "mla", "gemm", "sampling", "cache")
 
 #: A batch whose bytes sit in one sequence: 63 of about 700 tokens and one of 64k.
 SKEWED = (65536, *(700 + (37 * i) % 61 - 30 for i in range(63)))
@@ -141,12 +142,18 @@ def _sampling() -> list[Case]:
     return [*usual, *others, *plain, Sample(B=256, V=131072, dtype="bf16")]
 
 
+def _cache() -> list[Case]:
+    write: list[Case] = [WriteKv(T=T, Hkv=8, kv=kv) for T, kv in ((1, ""), (64, ""), (8192, ""), (64, "fp8"), (8192, "fp8"))]
+    return [*write, Merge(T=64, Hq=32), Merge(T=4096, Hq=32)]
+
+
 _GPU = {
     "prefill": _prefill,
     "decode": _decode,
     "mla": lambda: [*_mla(), *_mla_narrow()],
     "gemm": lambda: [*_gemm(), *_quantize()],
     "sampling": _sampling,
+    "cache": _cache,
 }
 
 #: What two cores can time in a minute; the first of each family is the one README's ratios are about.
@@ -165,6 +172,7 @@ _CPU: dict[str, list[Case]] = {
         Sample(B=32, V=131072),
         Sample(B=32, V=131072, temperature=0.0),
     ],
+    "cache": [WriteKv(T=64, Hkv=8), WriteKv(T=2048, Hkv=8, kv="int8"), Merge(T=64, Hq=32)],
 }
 
 

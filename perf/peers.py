@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnkit import reference
 from attnkit.roofline import product_rate
 from attnkit.workload import Case, Gemm, Inputs, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Paged, Prefill
+from attnkit.workload_cache import Merge, WriteKv
 from attnkit.workload_quantize import QuantizedLinear, RmsNormQuantize, SiluMulQuantize
 
 Call = Callable[[], Any]
@@ -363,6 +365,26 @@ def torch_argmax(case: Sample, x: Inputs) -> Call:
     return lambda: logits.argmax(-1)
 
 
+# ---------------------------------------------------------------- cache
+
+
+def torch_write(case: WriteKv, x: Inputs) -> Call:
+    """An indexed write of keys and one of values."""
+    _need(not case.kv)
+    k, v, kv, at = x["k"], x["v"], x["out"], (x["slots"] // case.S, x["slots"] % case.S)
+
+    def run() -> None:
+        kv[:, 0][at] = k
+        kv[:, 1][at] = v
+
+    return run
+
+
+def torch_merge(case: Merge, x: Inputs) -> Call:
+    parts = (x["a"], x["lse_a"], x["b"], x["lse_b"])
+    return lambda: reference.merge_states(*parts)[0].to(x["a"].dtype)
+
+
 #: (op, device type, name shown, module it needs, maker)
 PEERS: tuple[tuple[str, str, str, str | None, Maker], ...] = (
     ("paged_prefill", "cuda", "FA3", "flash_attn_interface", fa3),
@@ -388,6 +410,8 @@ PEERS: tuple[tuple[str, str, str, str | None, Maker], ...] = (
     ("sample", "cuda", "FlashInfer", "flashinfer", flashinfer_sampling),
     ("sample", "any", "torch sort", None, torch_sort),
     ("sample", "any", "torch argmax", None, torch_argmax),
+    ("write_kv", "any", "torch", None, torch_write),
+    ("merge_states", "any", "torch", None, torch_merge),
 )
 
 

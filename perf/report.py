@@ -13,7 +13,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-FAMILIES = {"prefill": "Prefill", "decode": "Decode", "mla": "MLA", "gemm": "W8A8 GEMM", "sampling": "Sampling"}
+FAMILIES = {
+    "prefill": "Prefill",
+    "decode": "Decode",
+    "mla": "MLA",
+    "gemm": "W8A8 GEMM",
+    "sampling": "Sampling",
+    "cache": "Cache",
+}
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1080, 430, 62, 24, 18, 46
 #: A change smaller than this is noise unless both spreads say otherwise.

@@ -32,6 +32,7 @@ def cases() -> Iterator[tuple[Any, str]]:
     """A case for each CUDA kernel of each op, small, with pieces that meet and tiles that end early."""
     from attnkit.workload import Gemm, Quantize, Sample
     from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+    from attnkit.workload_cache import Merge, WriteKv
 
     lens = (300, 1, 77)
     every = [
@@ -48,11 +49,14 @@ def cases() -> Iterator[tuple[Any, str]]:
         MlaDecode(B=3, L=lens, H=128),
         MlaPrefill(B=2, L=130, H=2),
         *(Gemm(M=M, N=520, K=512, dtype=kind, bias=True) for M in (5, 70, 300) for kind in ("int8", "fp8")),
+        *(Gemm(M=64, N=520, K=2048, dtype=kind, bias=True) for kind in ("int8", "fp8")),
         *(Quantize(M=9, K=1000, dtype=kind) for kind in ("int8", "fp8")),
         Sample(B=3, V=32003, top_k=50, top_p=0.9),
         Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
         Sample(B=3, V=32003, dtype="bf16"),
         Sample(B=3, V=32003, temperature=0.0),
+        *(WriteKv(T=19, Hkv=3, kv=kv) for kv in ("", "fp8", "int8")),
+        Merge(T=5, Hq=3),
     ]
     for case in every:
         for kernel in case.kernels():

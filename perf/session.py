@@ -20,6 +20,7 @@ from attnkit.dispatch import Kernel, Plan
 from attnkit.roofline import Row
 from attnkit.workload import Case, Inputs
 from perf import peers
+from perf.cases import FAMILIES
 from perf.receipt import source_hash
 
 #: Seconds of measuring a kernel or peer of one case.
@@ -211,7 +212,7 @@ class Bench:
         from rich.markup import escape
 
         console = Console(width=width)
-        order = {name: i for i, name in enumerate(("prefill", "decode", "mla", "gemm", "sampling"))}
+        order = {name: i for i, name in enumerate(FAMILIES)}
         rows = sorted(self.rows, key=lambda r: order.get(r.family, 9))
         for note in self.notes:
             console.print(f"[dim]{escape(note)}[/dim]")

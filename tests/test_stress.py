@@ -9,6 +9,7 @@ import attnkit
 from attnkit import PageTable, reference, workload, workspace
 from attnkit.workload import Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+from attnkit.workload_cache import Merge, WriteKv
 from tests.close import assert_close
 from tests.kernels import device_of, skip_if_declined
 
@@ -24,15 +25,22 @@ CASES: list[Case] = [
     Decode(B=48, L=UNEVEN * 8, Hq=32, Hkv=8, kv="fp8", label="decode-fp8-by-twos"),
     Prefill(B=6, L=UNEVEN, Hq=8, Hkv=2, label="prefill"),
     Prefill(B=2, n=64, L=(9000, 4100), Hq=8, Hkv=1, label="prefill-chunk"),
+    Prefill(B=6, L=UNEVEN, Hq=8, Hkv=2, kv="fp8", label="prefill-fp8"),
+    Prefill(B=2, n=64, L=(9000, 4100), Hq=8, Hkv=1, kv="int8", label="prefill-chunk-int8"),
     MlaDecode(B=6, L=UNEVEN, H=16),
     MlaDecode(B=6, L=UNEVEN, H=128),
     MlaPrefill(B=3, L=500, H=4),
     Gemm(M=17, N=4608, K=3584),
+    Gemm(M=9, N=3584, K=18944, dtype="fp8"),
+    Gemm(M=64, N=4096, K=14336),
     Gemm(M=200, N=4608, K=3584, dtype="fp8", bias=True),
     Quantize(M=300, K=4096),
     Sample(B=5, V=131072, top_k=50, top_p=0.9),
     Sample(B=5, V=50257, top_p=0.95, dtype="bf16"),
     Sample(B=5, V=151936),
+    Sample(B=5, V=131072, top_k=1000, min_p=0.01, penalties=True),
+    WriteKv(T=300, Hkv=8, kv="fp8"),
+    Merge(T=70, Hq=32),
 ]
 
 
@@ -129,6 +137,17 @@ def test_decode_and_prefill_read_pages_beyond_2_31_elements(kernel):
     for op, rest in ((attnkit.paged_decode, ()), (attnkit.paged_prefill, (cu_q,))):
         far = skip_if_declined(lambda op=op, rest=rest: op(q, (k, v), table, *rest, impl=kernel))
         assert same_bits(far, op(q, (k[-4:].clone(), v[-4:].clone()), near, *rest, impl=kernel))
+
+
+@pytest.mark.parametrize("kernel", [p.values[1] for p in gpu_pairs([WriteKv(T=1, Hkv=1)])])
+def test_write_kv_reaches_slots_beyond_2_31_elements(kernel):
+    pool, pages = far_pool(4, (2, 16, 8, 128))
+    near = pool[-4:].clone()
+    k, v = torch.randn(2, 37, 8, 128, dtype=torch.bfloat16, device="cuda")
+    at = torch.randperm(64, device="cuda")[:37]
+    skip_if_declined(lambda: attnkit.write_kv(k, v, pool, pages[0] * 16 + at, impl=kernel))
+    attnkit.write_kv(k, v, near, at, impl=kernel)
+    assert same_bits(pool[-4:], near)
 
 
 @pytest.mark.parametrize("H", [16, 128])
