@@ -16,9 +16,13 @@ _partials: dict[tuple[torch.device, int], torch.Tensor] = {}
 _counters: dict[torch.device, _Arena] = {}
 _eager_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
-#: Zeroed int32 counters set aside a device; each captured launch keeps its own range for good.
-ARENA_COUNTERS = 1 << 20
+#: What each capture holds, by its stream: (the capture, its counters).
+_captured_counters: dict[tuple[torch.device, int], tuple[int, torch.Tensor]] = {}
+
+#: Zeroed int32 counters set aside a device; the launches of a captured graph keep a range of theirs for good.
+ARENA_COUNTERS = 1 << 22
 EAGER_COUNTERS = 1 << 16
+CAPTURE_COUNTERS = 1 << 12
 
 
 class _Arena:
@@ -75,18 +79,17 @@ def partials(device: torch.device, nbytes: int) -> torch.Tensor:
 
 
 def counters(device: torch.device, n: int) -> torch.Tensor:
-    """``n`` int32 counters that hold zero; the kernel that uses them must leave them zero.
+    """At least ``n`` int32 counters that hold zero; the kernel that uses them must leave them zero.
 
-    A captured launch gets a range no other launch has, so graphs may replay side by side. Where the
-    first use on a device happens inside a capture, the zeroing becomes part of that graph.
+    The launches of a stream follow one another, in a captured graph too, and share a range; two graphs have none in common,
+    so they may replay side by side. Where the first use on a device happens inside a capture, the zeroing becomes part of
+    that graph.
     """
+    key = (device, _stream(device))
     if _capturing(device):
-        arena = _counters.get(device)
-        taken = arena.take(n) if arena is not None else None
-        return taken if taken is not None else torch.zeros(n, dtype=torch.int32, device=device)
+        return _of_capture(key, n)
     if device not in _counters:
         _counters[device] = _to_keep(device, lambda: _Arena(device))
-    key = (device, _stream(device))
     held = _eager_counters.get(key)
     if held is None or held.numel() < n:
         size = max(n, EAGER_COUNTERS)
@@ -94,7 +97,33 @@ def counters(device: torch.device, n: int) -> torch.Tensor:
     return held
 
 
+def _of_capture(key: tuple[torch.device, int], n: int) -> torch.Tensor:
+    """A zeroing node before each launch would keep it from starting beside the one before: hence one range a capture."""
+    device, stream = key
+    capture = _capture_id(stream)
+    before, held = _captured_counters.get(key, (0, None))
+    if held is not None and before == capture != 0 and held.numel() >= n:
+        return held
+    arena = _counters.get(device)
+    taken = arena.take(max(n, CAPTURE_COUNTERS)) if arena is not None else None
+    if taken is None:
+        taken = torch.zeros(max(n, CAPTURE_COUNTERS), dtype=torch.int32, device=device)
+    _captured_counters[key] = (capture, taken)
+    return taken
+
+
+def _capture_id(stream: int) -> int:
+    """Which capture a stream is part of; 0 where attnkit's compiled part, which can ask, is missing."""
+    try:
+        from attnkit import _C
+    except ImportError:
+        return 0
+    compiled: Any = _C
+    return compiled.cuda_capture_id(stream)
+
+
 def release() -> None:
     """Give the cached partials and eager counters back to the allocator (captured graphs keep theirs)."""
     _partials.clear()
     _eager_counters.clear()
+    _captured_counters.clear()

@@ -32,6 +32,7 @@ Api open() {
   resolve(library, api.CtxPushCurrent, "cuCtxPushCurrent_v2");
   resolve(library, api.CtxPopCurrent, "cuCtxPopCurrent_v2");
   resolve(library, api.ThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode");
+  resolve(library, api.StreamGetCaptureInfo, "cuStreamGetCaptureInfo_v2");
   resolve(library, api.ModuleLoadData, "cuModuleLoadData");
   resolve(library, api.ModuleGetFunction, "cuModuleGetFunction");
   resolve(library, api.FuncGetAttribute, "cuFuncGetAttribute");

@@ -55,6 +55,7 @@ struct Api {
   Result (*CtxPushCurrent)(Context);
   Result (*CtxPopCurrent)(Context*);
   Result (*ThreadExchangeStreamCaptureMode)(CaptureMode*);
+  Result (*StreamGetCaptureInfo)(Stream, int* status, std::uint64_t* id, void* graph, void* dependencies, void* count);
   Result (*ModuleLoadData)(Module*, const void*);
   Result (*ModuleGetFunction)(Function*, Module, const char*);
   Result (*FuncGetAttribute)(int*, FunctionAttribute, Function);

@@ -229,6 +229,14 @@ py::object unavailable() {
   }
 }
 
+// The capture that a stream is part of, or 0.
+std::uint64_t capture_id(std::uint64_t stream) {
+  int status = 0;
+  std::uint64_t id = 0;
+  check(api().StreamGetCaptureInfo(reinterpret_cast<Stream>(stream), &status, &id, nullptr, nullptr, nullptr), "cuStreamGetCaptureInfo");
+  return status == 1 ? id : 0;  // 1: CU_STREAM_CAPTURE_STATUS_ACTIVE
+}
+
 }  // namespace
 }  // namespace attnkit::cuda
 
@@ -237,6 +245,7 @@ namespace attnkit {
 void register_launch(py::module_& m) {
   using namespace attnkit::cuda;
   m.def("cuda_unavailable", &unavailable, "None where the CUDA driver can be used, else the reason");
+  m.def("cuda_capture_id", &capture_id, py::arg("stream"), "The capture that a stream is part of, or 0");
   m.def("cuda_driver_version", [] {
     int version = 0;
     check(api().DriverGetVersion(&version), "cuDriverGetVersion");
