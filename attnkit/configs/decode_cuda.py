@@ -21,11 +21,14 @@ class CudaConfig:
     ctas_per_sm  CTAs that share a multiprocessor: 1 or 2, each with a ring of its own
     grid         CTAs the work is divided over, in percent of what fits the GPU
     min_tiles    tiles of keys that a CTA gets at least, where there are enough
+    late         tiles a CTA has left to ask for when it lets the next grid start, whose CTAs then ask L2 for as many;
+                 0: it may start at once
     """
 
     ctas_per_sm: int
     grid: int
     min_tiles: int
+    late: int = 0
 
 
 def build_of(sig: Any, config: CudaConfig) -> Build:
@@ -54,6 +57,8 @@ def default(sig: Any, arch: Arch) -> CudaConfig:
     if 16 < rows <= 32 and 2 * heads <= arch.sms:
         return CudaConfig(ctas_per_sm=1, grid=100, min_tiles=1)
     tiles = heads * -(-sig.W * sig.S // _build(sig, 2).tile)
+    if rows <= 8 and sig.B <= 32 and not sig.batch_invariant and 24 * arch.sms < tiles <= 40 * arch.sms:
+        return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=1, late=4)
     if tiles > 8 * arch.sms:
         return CudaConfig(ctas_per_sm=2, grid=100, min_tiles=1)
     if tiles > 2 * arch.sms:

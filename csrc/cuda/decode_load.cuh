@@ -9,6 +9,7 @@ struct DecodeShared {
   u32 full, empty, q_full, q_empty;  // barriers: [stages], [stages], [2], [2]
   unsigned char* meet;            // where warps of a narrow build add up
   int* scratch;                   // the walker's, then a flag
+  volatile int* ended;            // whether the previous grid has
   Piece* pieces;                  // [2]: what the q of the same slot belongs to
 };
 
@@ -152,9 +153,9 @@ struct DecodeProducer {
       if (!waited) {
         const int last = more ? piece.tile + min(p.ahead, piece.tiles) : piece.tile;
 #pragma unroll 1
-        for (int tile = piece.tile; tile < last; ++tile) load_tile(pages, tile, page_of(pages, tile, true), 0, true);
+        for (int tile = piece.tile; tile < last && !*shared.ended; ++tile) load_tile(pages, tile, page_of(pages, tile, true), 0, true);
         if constexpr (!Shape::Wide) {
-          if (!keys && more) prefetch_q();
+          if (!keys && more && !*shared.ended) prefetch_q();
         }
         wait_for_previous_grid();
         waited = true;
@@ -171,6 +172,7 @@ struct DecodeProducer {
         mbarrier_wait(shared.empty + 8 * stage, phase);
         load_tile(pages, tile, page, stage, false);
         if (!keys && tile == piece.tile) load_q(pieces++);  // q after the first values: it is small, and not needed sooner
+        if (piece.tile + piece.tiles - 1 - tile + walker.end - walker.position <= p.late) launch_dependents();
         page = next_page;
         if (++stage == p.stages) {
           stage = 0;
@@ -212,6 +214,7 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
   shared.q_empty = shared.q_full + 8 * 2;
   shared.scratch = reinterpret_cast<int*>(after + 320);
   shared.pieces = reinterpret_cast<Piece*>(after + 384);
+  shared.ended = shared.scratch + 15;
   shared.meet = after + 512;
 
   if (threadIdx.x < p.stages) {
@@ -226,9 +229,10 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
     tma_prefetch_map(&p.k_map);
     tma_prefetch_map(&p.v_map);
     if (Shape::Wide) tma_prefetch_map(&p.q_map);
+    *shared.ended = 0;
   }
   __syncthreads();  // the barriers are ready
-  launch_dependents();
+  if (p.late < 0) launch_dependents();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   Walker<Shape::T> walker(p);
   if (p.B > 32) {  // more sequences than a warp has lanes
@@ -248,6 +252,7 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
     if (p.B <= 32) {
       prefetch_table(p);
       wait_for_previous_grid();
+      *shared.ended = 1;
     }
     Consumer<Shape> consumer(p, shared);
     consumer.run();

@@ -48,6 +48,7 @@ struct DecodeParams {
   int slots;
   int stages;
   int ahead;                 // tiles a CTA asks of L2 while the grid before it still runs
+  int late;                  // tiles a CTA has left to ask for when the next grid may start; -1: it may at once
   int least_tiles;           // a CTA takes no fewer tiles than this, if there are enough for that
   int invariant;             // 1: cuts follow from L alone
   int chunk_least;           // invariant: tiles in a chunk, at least

@@ -36,7 +36,7 @@ PARAMS = Fields(
     ),
     ints=(
         "B", "Q", "Hkv", "G", "heads", "page_shift", "table_width", "capacity", "window", "block_rows", "row_blocks", "g_magic",
-        "slots", "stages", "ahead", "least_tiles", "invariant", "chunk_least", "chunk_most", "io_bf16", "sink_type",
+        "slots", "stages", "ahead", "late", "least_tiles", "invariant", "chunk_least", "chunk_most", "io_bf16", "sink_type",
     ),
     floats=("scale", "out_scale", "softcap", "softcap_inverse"),
 )  # fmt: skip
@@ -144,7 +144,8 @@ def prepare(plan: Any) -> None:
         "B": sig.B, "Q": sig.Q, "Hkv": sig.Hkv // build.heads, "G": G, "heads": build.heads,
         "page_shift": sig.S.bit_length() - 1, "table_width": sig.W, "capacity": sig.W * sig.S,
         "window": sig.window, "block_rows": block_rows, "row_blocks": row_blocks, "g_magic": -(-(1 << 20) // G),
-        "slots": slots, "stages": build.stages, "ahead": AHEAD, "least_tiles": config.min_tiles,
+        "slots": slots, "stages": build.stages, "ahead": max(AHEAD, config.late), "late": config.late or -1,
+        "least_tiles": config.min_tiles,
         "invariant": int(sig.batch_invariant), "chunk_least": _least_tiles_of_chunk(build), "chunk_most": CHUNKS,
         "io_bf16": int(sig.q_dtype == torch.bfloat16), "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0,
         "scale": sig.scale, "out_scale": sig.out_scale, "softcap": sig.softcap,
