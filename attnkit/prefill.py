@@ -11,6 +11,7 @@ from attnkit import attention, check, registry, settings
 from attnkit.backends import flashinfer, torch_ref
 from attnkit.backends.cpu import attention as cpu_attention
 from attnkit.backends.cuda import prefill as cuda_prefill
+from attnkit.backends.cuda import prefill_q8 as cuda_prefill_q8
 from attnkit.backends.triton import prefill as triton_prefill
 from attnkit.cache import PageTable
 from attnkit.dispatch import PlanCache, make_plan
@@ -19,6 +20,7 @@ from attnkit.roofline import Cost
 OP = "paged_prefill"
 KERNELS = (
     cuda_prefill.PAGED_PREFILL,
+    cuda_prefill_q8.PAGED_PREFILL,
     triton_prefill.PAGED_PREFILL,
     flashinfer.PAGED_PREFILL,
     cpu_attention.PAGED_PREFILL,

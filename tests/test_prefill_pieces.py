@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import attnkit
+from attnkit import arch, prefill
 from attnkit.backends.cuda import prefill as cuda_prefill
 from attnkit.configs import prefill_cuda
 from tests import cases, inputs
@@ -130,3 +131,12 @@ def test_shared_memory_holds_the_next_queries_where_they_fit(D, Dv, config, quer
     rest = prefill_cuda.shared_bytes(Sig, config) - tiles
     assert 0 < rest < 10 * 1024
     assert prefill_cuda.shared_bytes(Sig, config) <= 227 * 1024
+
+
+@pytest.mark.parametrize(("keys", "D", "loaders"), [(500, 128, 2), (5000, 128, 4), (5000, 64, 2)])
+def test_four_warps_load_where_sequences_may_be_long(keys, D, loaders):
+    x = inputs.make(replace(cases.BASE, lens=(keys,), q_lens=(5,), D=D))
+    k, v = x.kv.unbind(1)
+    tensors = (x.q, k, v, *x.table, x.cu_q, None, None, None, torch.empty_like(x.q), None)
+    sig = prefill._signature(tensors, (D**-0.5, 1.0, True, 0, 0.0, False, None, None))
+    assert prefill_cuda.default(sig, arch.of(x.q.device)).loaders == loaders

@@ -33,8 +33,11 @@ struct PrefillParams {
   float* lse;           // [T, Hq] or null
   float* partial;       // slots pieces: outputs, then maxima and sums
   int* counters;        // zero between launches: items taken, CTAs that have left, then arrivals [slots, Consumers]
+  const char* k_scale;  // of an 8-bit cache, by KV head: float32 or null
+  const char* v_scale;
   i64 pages_b;          // in entries
   i64 out_t, out_h;
+  i64 k_scale_h, v_scale_h;
   int B, T, Hkv, G, Dv;
   int tile_tokens;      // tokens of a tile: its rows / G
   int g_magic;          // ceil(2^20 / G)

@@ -1,7 +1,7 @@
 // Prefill for sm_90a: ragged query tokens against paged keys and values (or ones that stand in a row), in one launch.
 //
-// Bound by the tensor cores. Two producer warps bring Q, K and V tiles by TMA, a box a page (the pages of a tile
-// stand under one another in shared memory); Consumers warpgroups own 64 rows each. The G query heads of a KV head
+// Bound by the tensor cores. Two or four producer warps bring Q, K and V tiles by TMA, a box a page (the pages of a
+// tile stand under one another in shared memory); Consumers warpgroups own 64 rows each. The G query heads of a KV head
 // are packed into the rows, token by token. Inside a warpgroup the product Q K^T of the next block runs beside the
 // softmax of this one, and the warpgroups take turns at the tensor cores (FlashAttention-3, Shah et al. 2024).
 // A persistent grid takes work from a counter; the blocks of one item follow those of the one before without a
@@ -17,10 +17,13 @@ namespace attnkit {
 constexpr int kItems = 3;
 
 // Shape of one build. D and DV are head sizes rounded up to 64s: TMA fills what lies beyond with zeros.
-template <int D_, int DV_, bool Bf16_, int Consumers_, int BN_, int Stages_>
+template <int D_, int DV_, bool Bf16_, int Consumers_, int BN_, int Stages_, int Loaders_>
 struct PrefillShape {
   static constexpr int D = D_, DV = DV_, Consumers = Consumers_, BN = BN_, Stages = Stages_;
-  static constexpr bool Bf16 = Bf16_;
+  static constexpr bool Bf16 = Bf16_, OutBf16 = Bf16_;  // what is multiplied, and what the output is made of
+  static constexpr bool Widened = false;
+  static constexpr int RawStages = 0, RawBytes = 0, Fillers = 1, Loaders = Loaders_, Followers = Loaders - 1;
+  static_assert(Loaders == 2 || Loaders == 4, "one or two warps each for K and V");
   static constexpr int Rows = 64 * Consumers;
   static constexpr int Threads = 128 * (Consumers + 1);
   static constexpr int QBytes = Rows * D * 2, KBytes = BN * D * 2, VBytes = BN * DV * 2;
@@ -32,12 +35,16 @@ struct PrefillShape {
   static_assert(D % 64 == 0 && DV % 64 == 0 && BN % 64 == 0, "tiles are made of 64-column boxes");
 };
 
+// A build for 8-bit caches (prefill_q8_sm90.cuh) says Widened: what the consumers multiply was widened from raw tiles by
+// other warps, Fillers of which make a stage full; Followers are the warps that follow the items beside the consumers.
 template <class Shape>
 struct PrefillShared {
   u32 q, k, v;  // shared-space addresses, 1024-byte aligned
-  u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty;
+  u32 ring;     // [RawStages, RawBytes], likewise
+  u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, raw_full, raw_empty, work_full, work_empty;
   Tile* work;   // [kItems]
   int* last;    // [Consumers]: did this warpgroup arrive last
+  float* unit;  // [2, Rows] where Widened: what a row's scores are times
   int* line;    // WorkLine's
   u16* whose;
 
@@ -47,28 +54,36 @@ struct PrefillShared {
     q = base;
     k = q + Shape::QStages * Shape::QBytes;
     v = k + Shape::Stages * Shape::KBytes;
-    const u32 rest = v + Shape::Stages * Shape::VBytes;
+    ring = v + Shape::Stages * Shape::VBytes;
+    const u32 rest = ring + Shape::RawStages * Shape::RawBytes;
     q_full = rest, q_empty = rest + 16, work_full = rest + 32, work_empty = rest + 64;
     k_full = rest + 96, k_empty = k_full + 8 * Shape::Stages;
     v_full = k_empty + 8 * Shape::Stages, v_empty = v_full + 8 * Shape::Stages;
-    static_assert(96 + 32 * Shape::Stages <= 384, "barriers");
+    raw_full = v_empty + 8 * Shape::Stages, raw_empty = raw_full + 8 * Shape::RawStages;
+    static_assert(96 + 32 * Shape::Stages + 16 * Shape::RawStages <= 384, "barriers");
     generic += rest - base;
     work = reinterpret_cast<Tile*>(generic + 384);
     last = reinterpret_cast<int*>(generic + 384 + kItems * sizeof(Tile));
     static_assert(kItems * sizeof(Tile) + 16 <= 256, "work");
     line = reinterpret_cast<int*>(generic + 640);
     whose = reinterpret_cast<u16*>(generic + 640 + kMostSequences * 4 + 16);
+    unit = reinterpret_cast<float*>(generic + 640 + Shape::LineBytes);
   }
 
   ATTNKIT_DEVICE void init_barriers() const {
     constexpr int warps = 4 * Shape::Consumers;
     for (int i = 0; i < 2; ++i) {
-      mbarrier_init(q_full + 8 * i, 1), mbarrier_init(q_empty + 8 * i, warps);
+      mbarrier_init(q_full + 8 * i, Shape::Fillers), mbarrier_init(q_empty + 8 * i, warps);
     }
-    for (int i = 0; i < kItems; ++i) mbarrier_init(work_full + 8 * i, 1), mbarrier_init(work_empty + 8 * i, warps + 1);
+    for (int i = 0; i < kItems; ++i) {
+      mbarrier_init(work_full + 8 * i, 1), mbarrier_init(work_empty + 8 * i, warps + Shape::Followers);
+    }
     for (int i = 0; i < Shape::Stages; ++i) {
-      mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, warps);
-      mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, warps);
+      mbarrier_init(k_full + 8 * i, Shape::Fillers), mbarrier_init(k_empty + 8 * i, warps);
+      mbarrier_init(v_full + 8 * i, Shape::Fillers), mbarrier_init(v_empty + 8 * i, warps);
+    }
+    for (int i = 0; i < Shape::RawStages; ++i) {
+      mbarrier_init(raw_full + 8 * i, 1), mbarrier_init(raw_empty + 8 * i, Shape::Fillers);
     }
     mbarrier_init_fence();
   }
@@ -124,22 +139,25 @@ struct Items {
 
 template <class Shape>
 struct PrefillProducer {
+  static constexpr int Parts = Shape::Loaders / 2;
   const PrefillParams& p;
   const PrefillShared<Shape>& s;
+  const int part;  // of the Parts warps that share the boxes of K, or of V: issuing one takes a warp some 150 cycles
   Ring<Shape::Stages> ring;
   Ring<Shape::QStages> q_ring;
 
   // Rows of one box, boxes a tile: a page each, or one part of a page that is larger than a tile.
   ATTNKIT_DEVICE int box_rows() const { return min(1 << p.page_shift, Shape::BN); }
 
-  // One tile of K or V. TMA takes its coordinates from uniform registers, so one lane issues all boxes.
+  // One tile of K or V. TMA takes its coordinates from uniform registers, so one lane issues all boxes of a warp.
   ATTNKIT_DEVICE void load_tile(const void* map, u32 full, u32 to, int columns, int head, int page, int valid, int slot) {
     const int lane = threadIdx.x % 32, rows = box_rows();
-    if (lane == 0) mbarrier_arrive_expect(full, valid * rows * columns * 2);
+    if (part == 0 && lane == 0) mbarrier_arrive_expect(full, valid * rows * columns * 2);
     for (int i = 0; i < valid; ++i) {
       const int from = __shfl_sync(~0u, page, i);
       if (lane == 0) {
         for (int c = 0; c < columns / 64; ++c) {
+          if ((i * (columns / 64) + c) % Parts != part) continue;
           tma_load_4d(to + c * (Shape::BN * 128) + i * rows * 128, map, full, c * 64, head, slot, from);
         }
       }
@@ -159,11 +177,11 @@ struct PrefillProducer {
     q_ring.next();
   }
 
-  // K and V have a warp each, so that neither waits for the other's room. Page ids are read one tile ahead, and the
+  // K and V have warps of their own, so that neither waits for the other's room. Page ids are read one tile ahead, and the
   // next item is asked for before the last block's room is waited for.
   template <bool Keys, class Line>
   ATTNKIT_DEVICE int run(const Tile& t, const Line& line) {
-    if constexpr (Keys) load_q(t);
+    if (Keys && part == 0) load_q(t);
     constexpr int columns = Keys ? Shape::D : Shape::DV, bytes = Keys ? Shape::KBytes : Shape::VBytes;
     const u32 to = Keys ? s.k : s.v, full = Keys ? s.k_full : s.v_full, empty = Keys ? s.k_empty : s.v_empty;
     const void* map = Keys ? &p.k_map : &p.v_map;
@@ -181,7 +199,7 @@ struct PrefillProducer {
       const int ahead = page_of(block - 1);
       const int valid = min(boxes, used - ((block * Shape::BN) >> p.page_shift));
       const int slot = paged ? (block * Shape::BN) & ((1 << p.page_shift) - 1) : t.row0 + block * Shape::BN;
-      if (Keys && block == t.block_begin) asked = line.ask();
+      if (Keys && part == 0 && block == t.block_begin) asked = line.ask();
       mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
       load_tile(map, full + 8 * ring.stage, to + ring.stage * bytes, columns, t.h, page, valid, slot);
       ring.next();
@@ -202,6 +220,8 @@ struct PrefillConsumer {
   Ring<Shape::QStages> q_ring;
   Items<Shape> items;
   Rows rows;
+  float unit[2];  // what the rows' scores are times, besides the scale
+  int unit_set;
   float scores[Scores], out[Shape::DV / 2];
   u32 probabilities[BN / 4];
 
@@ -291,10 +311,19 @@ struct PrefillConsumer {
 
   // One block's scores to weights; true where outputs have to shrink by decay.
   template <bool Capped, bool First, int N>
-  ATTNKIT_DEVICE bool weigh(const Span& span, const Cap& cap, float factor, int block, float (&decay)[2]) {
-    if constexpr (Capped) cap.template apply<N>(scores);
-    if (block * BN + 2 * N > span.full_high) rows.template mask_high<N>(scores, block * BN);
-    if (block * BN < span.full_low) rows.template mask_low<N>(scores, block * BN);
+  ATTNKIT_DEVICE bool weigh(const Span& span, const Cap& cap, const float (&factor)[2], int block, float (&decay)[2]) {
+    if constexpr (Capped && Shape::Widened) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) scores[i] *= unit[i / 2 % 2];
+    }
+    const bool cut_high = block * BN + 2 * N > span.full_high, cut_low = block * BN < span.full_low;
+    if constexpr (Capped) {  // the cap's form goes by what it sees, and that must not be what happens to stand behind the keys
+      if (cut_high) rows.template mask_high<N>(scores, block * BN, 0.f);
+      if (cut_low) rows.template mask_low<N>(scores, block * BN, 0.f);
+      cap.template apply<N>(scores, rows.high);
+    }
+    if (cut_high) rows.template mask_high<N>(scores, block * BN, negative_infinity());
+    if (cut_low) rows.template mask_low<N>(scores, block * BN, negative_infinity());
     if constexpr (Capped) {
       if (cap.flat) {
         rows.template weigh_flat<N, First>(scores);
@@ -309,7 +338,7 @@ struct PrefillConsumer {
   // From the raw scores of the item's last block (K released) to its last weights; that block's P V is left to do.
   template <bool Capped>
   ATTNKIT_DEVICE void attend(const Tile& t, const Cap& cap) {
-    const float factor = Capped ? 1.f : p.scale * kLog2e;
+    const float factor[2] = {Capped ? 1.f : log2_unit(unit[0]), Capped ? 1.f : log2_unit(unit[1])};
     const Span span{t.block_begin, t.full_low, t.full_high};
     float decay[2];
     int block = t.block_end - 1;
@@ -324,8 +353,10 @@ struct PrefillConsumer {
       weigh<Capped, true, Scores>(span, cap, factor, block, decay);
       round_probabilities<Scores>();
     }
-    wait_v();
-    clear_values_beyond(t);
+    if constexpr (!Shape::Widened) {
+      wait_v();
+      clear_values_beyond(t);
+    }
     if (--block < span.begin) return;
     if (narrow) {
       step<Capped, 64>(span, cap, factor, block, 0);
@@ -337,7 +368,7 @@ struct PrefillConsumer {
 
   // Q K^T of ``block`` beside P V of the one after it.
   template <bool Capped, int Keys>
-  ATTNKIT_DEVICE void step(const Span& span, const Cap& cap, float factor, int block, int accumulate) {
+  ATTNKIT_DEVICE void step(const Span& span, const Cap& cap, const float (&factor)[2], int block, int accumulate) {
     float decay[2];
     wait_k();
     take_turn();
@@ -378,14 +409,27 @@ struct PrefillConsumer {
     return at;
   }
 
+  // After wait_q() of the item.
+  ATTNKIT_DEVICE void read_units() {
+    if constexpr (Shape::Widened) {
+      const float* from = s.unit + unit_set * Shape::Rows + group * 64 + lane / 32 * 16 + lane % 32 / 4;
+      unit[0] = from[0];
+      unit[1] = from[8];
+      unit_set ^= 1;
+    }
+  }
+
   template <bool Capped>
   ATTNKIT_DEVICE void run() {
     const Cap cap(p.scale, p.softcap, Shape::Bf16);
+    unit[0] = unit[1] = 1.f;
+    unit_set = 0;
     items.wait();
     while ((*items).more) {
       Place at = place_rows(*items);
       if ((*items).blocks() > 0) {
         wait_q();
+        read_units();
         wait_k();
         multiply_qk();
         wgmma_wait<0>();
@@ -405,9 +449,10 @@ struct PrefillConsumer {
           wgmma_wait<1>();
           wgmma_hold(out);
           release_v();
-          finish(*items, at);
+          finish(*items, at, false);
           items.release();
           at = place_rows(*items);
+          read_units();
           wgmma_wait<0>();
           wgmma_hold(scores);
           release_k();
@@ -419,10 +464,15 @@ struct PrefillConsumer {
         release_v();
       } else {
         rows.clear();
+        unit[0] = unit[1] = 1.f;
 #pragma unroll
         for (int i = 0; i < Shape::DV / 2; ++i) out[i] = 0.f;
       }
-      if ((*items).pieces == 1 || meet(*items)) finish(*items, at);
+      if ((*items).pieces == 1) {
+        finish(*items, at, false);
+      } else if (meet(*items)) {
+        finish(*items, at, true);
+      }
       items.release();
       items.wait();
     }
@@ -438,6 +488,8 @@ struct PrefillConsumer {
     float4* to = values + mine(t.piece) * (128 * Units) + lane;
 #pragma unroll
     for (int i = 0; i < Units; ++i) to[i * 128] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    rows.top[0] *= log2_unit(unit[0]);  // a piece without blocks knows no units, so the pieces meet in logits
+    rows.top[1] *= log2_unit(unit[1]);
     weights[mine(t.piece) * 128 + lane] = make_float4(rows.top[0], rows.top[1], rows.sum[0], rows.sum[1]);
     int* counter = p.counters + 2 + mine(0);
     named_barrier(6 + group, 128);
@@ -448,7 +500,6 @@ struct PrefillConsumer {
     }
     named_barrier(6 + group, 128);
     if (s.last[group] == 0) return false;
-    const float factor = p.softcap > 0.f ? 1.f : p.scale * kLog2e;
     rows.clear();
     for (int i = 0; i < t.pieces; ++i) {
       const float4 w = load_l2(weights + mine(i) * 128 + lane);
@@ -465,8 +516,8 @@ struct PrefillConsumer {
       for (int n = 0; n < Together; ++n) {
         float4 w = make_float4(negative_infinity(), negative_infinity(), 0.f, 0.f);
         if (piece0 + n < t.pieces) w = load_l2(weights + mine(piece0 + n) * 128 + lane);
-        by[n][0] = w.x == negative_infinity() ? 0.f : exp2_fast((w.x - rows.top[0]) * factor);
-        by[n][1] = w.y == negative_infinity() ? 0.f : exp2_fast((w.y - rows.top[1]) * factor);
+        by[n][0] = w.x == negative_infinity() ? 0.f : exp2_fast(w.x - rows.top[0]);
+        by[n][1] = w.y == negative_infinity() ? 0.f : exp2_fast(w.y - rows.top[1]);
         rows.sum[0] = fmaf(w.z, by[n][0], rows.sum[0]);
         rows.sum[1] = fmaf(w.w, by[n][1], rows.sum[1]);
       }
@@ -495,14 +546,19 @@ struct PrefillConsumer {
     return true;
   }
 
-  ATTNKIT_DEVICE void finish(const Tile& t, const Place& at) {
-    const float unit = p.softcap > 0.0f ? kLn2 : p.scale;  // what a score is times to be a logit
+  // What a row's maximum is times to be a logit in log2. A capped score is one already.
+  ATTNKIT_DEVICE float log2_unit(float of_row) const { return p.softcap > 0.f ? 1.f : p.scale * kLog2e * of_row; }
+
+  // met: the maxima are logits in log2.
+  ATTNKIT_DEVICE void finish(const Tile& t, const Place& at, bool met) {
+    float out_scale = p.out_scale;
+    if (Shape::Widened && p.v_scale != nullptr) out_scale *= *reinterpret_cast<const float*>(p.v_scale + t.h * p.v_scale_h);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float total = rows.sum[r];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
-      float logit = rows.top[r] * unit;
+      float logit = rows.top[r] * (met || p.softcap > 0.0f ? kLn2 : p.scale * unit[r]);
       float weight = total > 0.0f ? 1.0f / total : total == 0.0f ? 0.0f : total;
       if (p.sinks != nullptr && at.token[r] >= 0) {
         const float sink = load_sink(p, at.head[r]);
@@ -516,7 +572,7 @@ struct PrefillConsumer {
         p.lse[static_cast<i64>(t.q0 + at.token[r]) * (p.Hkv * p.G) + at.head[r]] =
             total > 0.0f ? logit + log2_fast(total) * kLn2 : total == 0.0f ? negative_infinity() : total;
       }
-      store_row(t, r, at.token[r], at.head[r], weight * p.out_scale);
+      store_row(t, r, at.token[r], at.head[r], weight * out_scale);
     }
   }
 
@@ -529,7 +585,7 @@ struct PrefillConsumer {
       u32 own[4], got[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        own[j] = pack<Shape::Bf16>(out[16 * i + 4 * j + 2 * r] * weight, out[16 * i + 4 * j + 2 * r + 1] * weight);
+        own[j] = pack<Shape::OutBf16>(out[16 * i + 4 * j + 2 * r] * weight, out[16 * i + 4 * j + 2 * r + 1] * weight);
       }
       auto pick = [&](int j) { return j & 2 ? (j & 1 ? own[3] : own[2]) : (j & 1 ? own[1] : own[0]); };
       u32 received[4];
@@ -570,9 +626,10 @@ ATTNKIT_DEVICE void prefill(const PrefillParams& p) {
   line.arrange();
   if (warp >= 4 * Shape::Consumers) {
     registers_lower<Shape::ProducerRegisters>();
-    PrefillProducer<Shape> producer{p, s};
+    const int loader = warp - 4 * Shape::Consumers;
+    PrefillProducer<Shape> producer{p, s, loader / 2};
     Items<Shape> items{s};
-    if (warp == 4 * Shape::Consumers) {
+    if (loader == 0) {
       int index = blockIdx.x;
       while (items.find(line, index)) {
         const Tile& t = *items;
@@ -580,9 +637,14 @@ ATTNKIT_DEVICE void prefill(const PrefillParams& p) {
         items.now.next();
       }
       line.leave();
-    } else if (warp == 4 * Shape::Consumers + 1) {
+    } else if (loader < Shape::Loaders) {
       for (items.wait(); (*items).more; items.release(), items.wait()) {
-        if ((*items).blocks() > 0) producer.template run<false>(*items, line);
+        if ((*items).blocks() <= 0) continue;
+        if (loader % 2 == 0) {
+          producer.template run<true>(*items, line);
+        } else {
+          producer.template run<false>(*items, line);
+        }
       }
     }
   } else {

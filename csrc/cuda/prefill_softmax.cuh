@@ -19,6 +19,7 @@ struct Cap {
   float inner, outer;
   bool flat;  // logits are so small that weights need no maximum: exp(60) times a million is far from overflow
 
+  // wide_range: weights are bf16.
   ATTNKIT_DEVICE Cap(float scale, float softcap, bool wide_range) {
     const float u = scale / softcap, u2 = u * u, unit = scale * kLog2e;
     reach = kTanhReach / u;
@@ -27,13 +28,14 @@ struct Cap {
     flat = wide_range && softcap <= kMostFlatCap;
   }
 
-  // The first N scores of a thread. A warp goes by the polynomial where all its scores are small.
+  // The first N scores of a thread. A warp goes by the polynomial where all its scores are small; rows that see no keys
+  // (high = 0) have no say.
   template <int N, int Held>
-  ATTNKIT_DEVICE void apply(float (&scores)[Held]) const {
+  ATTNKIT_DEVICE void apply(float (&scores)[Held], const int (&high)[2]) const {
     float most[2] = {0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < N; ++i) most[i % 2] = fmaxf(most[i % 2], fabsf(scores[i]));
-    if (!__any_sync(~0u, fmaxf(most[0], most[1]) > reach)) {
+    for (int i = 0; i < N; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fabsf(scores[i]));
+    if (!__any_sync(~0u, fmaxf(high[0] ? most[0] : 0.f, high[1] ? most[1] : 0.f) > reach)) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float s = scores[i], t = s * s;
@@ -56,20 +58,20 @@ struct Rows {
   }
 
   template <int N, int Held>
-  ATTNKIT_DEVICE void mask_high(float (&scores)[Held], int first_key) const {
+  ATTNKIT_DEVICE void mask_high(float (&scores)[Held], int first_key, float with) const {
     const int column = first_key + threadIdx.x % 4 * 2, end[2] = {high[0] - column, high[1] - column};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) scores[i] = negative_infinity();
+      if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) scores[i] = with;
     }
   }
 
   template <int N, int Held>
-  ATTNKIT_DEVICE void mask_low(float (&scores)[Held], int first_key) const {
+  ATTNKIT_DEVICE void mask_low(float (&scores)[Held], int first_key, float with) const {
     const int column = first_key + threadIdx.x % 4 * 2, begin[2] = {low[0] - column, low[1] - column};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (i / 4 * 8 + i % 2 < begin[i / 2 % 2]) scores[i] = negative_infinity();
+      if (i / 4 * 8 + i % 2 < begin[i / 2 % 2]) scores[i] = with;
     }
   }
 
@@ -93,10 +95,10 @@ struct Rows {
     }
   }
 
-  // The rows' maxima. One that grows by less than 2^8 leaves top as it is: weights stay below 256 and the final division
-  // makes up for it. Returns whether anything in the warp has to shrink, by decay.
+  // The rows' maxima (factor[r] times a score is a logit in log2). One that grows by less than 2^8 leaves top as it is:
+  // weights stay below 256 and the final division makes up for it. Returns whether anything in the warp has to shrink, by decay.
   template <int N, bool First, int Held>
-  ATTNKIT_DEVICE bool lift(const float (&scores)[Held], float factor, float (&decay)[2]) {
+  ATTNKIT_DEVICE bool lift(const float (&scores)[Held], const float (&factor)[2], float (&decay)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float most = fmaxf(scores[2 * r], scores[2 * r + 1]);
@@ -107,8 +109,8 @@ struct Rows {
       decay[r] = 1.f;
       if constexpr (First) {
         top[r] = most;
-      } else if ((most - top[r]) * factor > 8.f) {
-        decay[r] = exp2_fast((top[r] - most) * factor);
+      } else if ((most - top[r]) * factor[r] > 8.f) {
+        decay[r] = exp2_fast((top[r] - most) * factor[r]);
         top[r] = most;
       }
     }
@@ -118,17 +120,17 @@ struct Rows {
 
   // scores -> exp2((scores - top) * factor), in place.
   template <int N, bool First, int Held>
-  ATTNKIT_DEVICE void weigh(float (&scores)[Held], float factor, const float (&decay)[2]) {
+  ATTNKIT_DEVICE void weigh(float (&scores)[Held], const float (&factor)[2], const float (&decay)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float base = top[r] == negative_infinity() ? 0.0f : top[r] * factor;
+      const float base = top[r] == negative_infinity() ? 0.0f : top[r] * factor[r];
       float total = 0.f, other = 0.f;
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
         float& x = scores[4 * i + 2 * r];
         float& y = scores[4 * i + 2 * r + 1];
-        x = exp2_fast(fmaf(x, factor, -base));
-        y = exp2_fast(fmaf(y, factor, -base));
+        x = exp2_fast(fmaf(x, factor[r], -base));
+        y = exp2_fast(fmaf(y, factor[r], -base));
         total += x;
         other += y;
       }
