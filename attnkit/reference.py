@@ -264,24 +264,29 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(seeds: Tensor, offsets: Tensor, V: int) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011): uint32 [B, V] in int64. Key: the seed; counter: (v // 4, offset, offset >> 32, 0)."""
+def philox(seeds: Tensor, offsets: Tensor, n: int, stream: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011): words uint32 [B, n, 4] in int64. Key: the seed; counter: (i, offset,
+    offset >> 32, stream)."""
     k0, k1 = (seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]
-    c0 = torch.arange((V + 3) // 4, device=seeds.device)[None, :].expand(seeds.shape[0], -1)
+    c0 = torch.arange(n, device=seeds.device)[None, :].expand(seeds.shape[0], -1)
     c1 = (offsets & _MASK)[:, None].expand_as(c0)
     c2 = ((offsets >> 32) & _MASK)[:, None].expand_as(c0)
-    c3 = torch.zeros_like(c0)
+    c3 = torch.full_like(c0, stream)
     for _ in range(10):
         hi0, lo0 = _mulhilo(_M[0], c0)
         hi1, lo1 = _mulhilo(_M[1], c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + _W[0]) & _MASK, (k1 + _W[1]) & _MASK
-    return torch.stack([c0, c1, c2, c3], -1).flatten(1)[:, :V]
+    return torch.stack([c0, c1, c2, c3], -1)
 
 
-def gumbel(seeds: Tensor, offsets: Tensor, V: int) -> Tensor:
-    """-log(E) with E ~ Exp(1), float32 [B, V]. Small E keeps all its bits, so two winners hardly ever tie."""
-    u = ((philox(seeds, offsets, V).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+def _uniform(words: Tensor) -> Tensor:
+    return ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
+def gumbel(words: Tensor) -> Tensor:
+    """-log(E) with E ~ Exp(1), float32. Small E keeps all its bits, so two winners hardly ever tie."""
+    u = _uniform(words)
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u / 5))))
     return -torch.log(torch.where(u < 0.02, series, -torch.log(1 - u)))
 
@@ -322,6 +327,52 @@ def survivors(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 
+#: Words of the noise: of every token; of every group of tokens; for the choice inside a group.
+TOKENS, GROUPS, INSIDE = 0, 1, 2
+
+
+def grouped(x: Tensor) -> Tensor:
+    """[B, V] -> [B, groups, 16], -inf past the end: group 32 (v // 512) + v % 128 // 4 holds token v; ids ascend in it."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 2048), value=-INF)
+    return x.unflatten(1, (-1, 4, 32, 4)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def draw_of_all(x: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
+    """One draw a row from softmax(x), with noise for a group of tokens instead of every token.
+
+    The largest of log(sum of exp(x) over the group) + Gumbel names the group: it is group g with its share of the
+    softmax (Gumbel-max), whichever way tokens are grouped. Inside it the cumulated exp(x) that exceeds a uniform share
+    of the group's sum names the token, with its share of the group. The product is the token's softmax.
+    Group g's Gumbel is word g // 32 % 4 of counter 32 (g // 128) + g % 32.
+    """
+    x = grouped(x)
+    most = x.amax(2, keepdim=True)
+    most = torch.where(most > -INF, most, 0.0)
+    mass = torch.exp((x - most).double()).cumsum(2)
+    words = philox(seeds, offsets, x.shape[1] // 4, GROUPS)
+    words = words.unflatten(1, (-1, 32)).transpose(2, 3).flatten(1)
+    score = most[..., 0] + torch.log(mass[..., -1]).float() + gumbel(words)
+    group = _first_argmax(score)[:, None]
+    u = _uniform(philox(seeds, offsets, x.shape[1], INSIDE)[..., 0]).gather(1, group).double()
+    mass = mass.gather(1, group[..., None].expand(-1, 1, 16))[:, 0]
+    inside = (mass <= u * mass[:, -1:]).sum(1, keepdim=True)
+    return (group // 32 * 512 + inside // 4 * 128 + group % 32 * 4 + inside % 4)[:, 0]
+
+
+def draw(x: Tensor, kept: Tensor, free: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
+    """One draw a row from softmax(x) over ``kept``.
+
+    Rows of ``free`` (all that holds them back is top-p) first draw from all tokens; a token that is kept stands. In
+    the other rows, and where it is not kept, Gumbel-max over the kept tokens draws, with noise of its own: either draw,
+    given that it decides, is softmax over ``kept``.
+    """
+    V = x.shape[1]
+    noise = gumbel(philox(seeds, offsets, (V + 3) // 4, TOKENS).flatten(1)[:, :V])
+    tokens = _first_argmax((x + noise).masked_fill(~kept, -INF))
+    first = draw_of_all(x, seeds, offsets).clamp(max=V - 1)
+    return torch.where(free & kept.gather(1, first[:, None])[:, 0], first, tokens)
+
+
 def sample(
     logits: Tensor, seeds: Tensor, o: dict[str, Tensor], logprobs: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -333,9 +384,9 @@ def sample(
     t = o["temperature"][:, None]
     warm = (x / torch.where(t == 0, 1.0, t)).clamp(max=torch.finfo(torch.float32).max)
     kept = survivors(warm, o["top_k"], o["top_p"], o["min_p"])
-    noisy = (warm + gumbel(seeds, o["offset"], V)).masked_fill(~kept, -INF)
-    # torch.argmax does not promise the lowest id on ties; a stable sort's first does.
-    tokens = torch.where(t[:, 0] == 0, _first_argmax(x), _first_argmax(noisy))
+    free = ((o["top_k"] <= 0) | (o["top_k"] >= V)) & (o["min_p"] <= 0)
+    drawn = draw(warm, kept, free, seeds, o["offset"])
+    tokens = torch.where(t[:, 0] == 0, _first_argmax(x), drawn)
     tokens = torch.where(valid, tokens, 0)
     if logprobs is None:
         return tokens, valid, None, None
@@ -346,6 +397,7 @@ def sample(
 
 
 def _first_argmax(x: Tensor) -> Tensor:
+    """torch.argmax does not promise the lowest id on ties."""
     V = x.shape[1]
     at_top = x == x.amax(1, keepdim=True)
     ids = torch.arange(V, device=x.device)

@@ -70,7 +70,7 @@ def sample(
     impl: str | None = None,
     config: Any = None,
 ) -> Sampled:
-    """Draw one token a row: penalties, bias and mask, then temperature, top-k, top-p, min-p, then Gumbel-max.
+    """Draw one token a row: penalties, bias and mask, then temperature, top-k, top-p, min-p, then a draw by Gumbel noise.
 
     logits              [B, V] bf16, fp16 or fp32; any row stride
     temperature         0 is greedy; ties go to the lowest id
@@ -87,7 +87,8 @@ def sample(
     logprobs            n: also return log-probabilities (of the logits as given) of the chosen and the n highest
 
     The numeric options are numbers or float32 (top_k: int64) tensors [B]. The noise is Philox4x32-10
-    (Salmon et al. 2011), the same in every implementation. Nothing synchronises. +inf counts as the largest float.
+    (Salmon et al. 2011), the same in every implementation; attnkit/reference.py says how it draws. Nothing
+    synchronises. +inf counts as the largest float.
     Returns Sampled; raises ValueError or TypeError before anything is launched.
     """
     if logits.dim() != 2:

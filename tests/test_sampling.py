@@ -18,6 +18,7 @@ SETTINGS = {
     "top_k1": {"top_k": 1},
     "top_p": {"top_p": 0.8},
     "min_p": {"min_p": 0.05},
+    "top_p_min_p": {"top_p": 0.9, "min_p": 0.02},
     "all": {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "temperature": 0.8},
 }
 
@@ -93,6 +94,33 @@ def test_a_seed_is_a_row_whatever_the_batch(impl, device):
 
 
 @pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+def test_how_a_row_draws_depends_on_its_own_options(impl, device):
+    """Rows of every kind side by side, options as tensors: the tokens of each kind alone, options as numbers."""
+    logits, seeds = logits_of(len(SETTINGS), 700, device), torch.arange(len(SETTINGS), device=device) + 50
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    mixed = {n: torch.tensor([o.get(n, x) for o in SETTINGS.values()], device=device) for n, x in off.items()}
+    tokens = draw(logits, impl, seed=seeds, **mixed).tokens
+    for b, options in enumerate(SETTINGS.values()):
+        assert draw(logits[b : b + 1], impl, seed=seeds[b : b + 1], **options).tokens[0] == tokens[b]
+
+
+def test_groups_are_a_partition_in_order():
+    """Every token lies in one group of 16, in ascending order, and that is where the reference draws it."""
+    V = 2500
+    groups = reference.grouped(torch.arange(V).float()[None])[0]
+    held = groups[groups >= 0].long()
+    assert torch.equal(held.sort().values, torch.arange(V))
+    assert (groups.where(groups >= 0, torch.inf).diff(dim=1).nan_to_num(1.0) > 0).all()
+    g = torch.arange(groups.shape[0])
+    first = g // 32 * 512 + g % 32 * 4
+    assert torch.equal(groups[:, 0][first < V].long(), first[first < V])
+    for v in (0, 3, 4, 127, 128, 511, 512, 2047, 2048, 2499):
+        x = torch.full((1, V), -torch.inf)
+        x[0, v] = -3.0
+        assert reference.draw_of_all(x, torch.tensor([v]), torch.tensor([0])).tolist() == [v]
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_rows_of_nan_and_of_nothing(options, impl, device):
     """CASES 9, 11 and bad input 5: id 0 and valid=False; the other rows as if they were alone."""
@@ -159,6 +187,10 @@ def statistics(impl, device, options, name, V=128, rows=4096, rounds=256):
 STATISTICS = [
     ("flat", {}),
     ("peaked", {"temperature": 1.5}),
+    ("heavy", {}),
+    ("flat", {"top_p": 0.5}),
+    ("peaked", {"top_p": 0.93}),
+    ("heavy", {"min_p": 0.02}),
     ("heavy", {"top_k": 40}),
     ("heavy", {"top_p": 0.7, "temperature": 0.9}),
     ("peaked", {"top_k": 30, "top_p": 0.95, "min_p": 0.001}),

@@ -27,7 +27,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "k900": {"top_k": 900},
     "p90": {"top_p": 0.9, "temperature": 0.8},
     "p10": {"top_p": 0.1},
+    "p50": {"top_p": 0.5, "temperature": 1.5},
     "min_p": {"min_p": 0.05},
+    "p_min_p": {"top_p": 0.9, "min_p": 0.02},
     "all": {"top_k": 60, "top_p": 0.95, "min_p": 0.01, "temperature": 0.7},
 }
 #: 50257 in rows of 16-bit or of odd length: nothing is aligned.
@@ -185,7 +187,9 @@ def test_rows_at_odd_addresses(impl, device):
 
 
 @pytest.mark.parametrize(("impl", "device"), CUDA)
-@pytest.mark.parametrize("options", [{}, {"top_k": 100}, {"top_p": 0.9}, {"top_k": 1000}, {"min_p": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 100}, {"top_p": 0.9}, {"top_p": 0.4}, {"top_k": 1000}, {"min_p": 0.2}], ids=str
+)
 def test_chi_square_over_several_blocks(options, impl, device):
     """A million draws over 33000 tokens, 3000 of which share nearly all of the mass."""
     V, rows, rounds = 33000, 2048, 512

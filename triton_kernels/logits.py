@@ -1,7 +1,7 @@
 """What the sampling kernels share: a row's logits after penalties and temperature, and the Gumbel noise.
 
-Noise: Philox4x32-10 (Salmon et al., SC 2011) keyed by the row's seed, counted by token id and offset, so that every
-split of a row and every implementation draws the same numbers; then Gumbel-max (Gumbel 1954).
+Noise: Philox4x32-10 (Salmon et al., SC 2011) keyed by the row's seed, counted by token id (or group of tokens) and
+offset, so that every split of a row and every implementation draws the same numbers; then Gumbel-max (Gumbel 1954).
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from .tiles import INTERPRETED, device_function, loop, widen
 
 F32_MAX = tl.constexpr(3.4028234663852886e38)
 NO_LOGIT = tl.constexpr(float("-inf"))
+#: An id that no token has, after all others.
+NO_TOKEN = tl.constexpr(0x7FFFFFFF)
+#: Tokens of 32 groups, 16 each: four neighbours in each of four chunks of 128.
+PIECE = tl.constexpr(512)
+LOG_16 = tl.constexpr(2.772588722239781)
 #: 2^42: masses are summed as whole multiples of 2^-42 of the largest token's, so that no order of adding matters.
 MASS_ONE = tl.constexpr(4398046511104.0)
 #: Noise lies in [-3.2, 22.9]: a token this far below the largest logit can never be drawn.
@@ -126,6 +131,57 @@ def uniform1(seed, offset, v):
     word = tl.where((v & 2) == 0, tl.where((v & 1) == 0, a, b), tl.where((v & 1) == 0, c, d))
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     return tl.minimum(u, 0.999999940395355224609375)
+
+
+@device_function
+def _uniform_of(seed, offset, counter, stream: tl.constexpr, word):
+    """u from a word (0 to 3) of each counter; stream 1: of groups of tokens, 2: of the choice inside a group."""
+    low = (offset & 0xFFFFFFFF).to(tl.uint32)
+    high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = (counter * 0).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, counter.to(tl.uint32), zero + low, zero + high, zero + stream)
+    x = tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+    u = (x.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return tl.minimum(u, 0.999999940395355224609375)
+
+
+@device_function
+def group_peaks(l, PIECES: tl.constexpr):
+    """The largest logit of each group: [128 PIECES, 4] -> [PIECES, 32]."""
+    return tl.max(tl.reshape(tl.max(l, 1), [PIECES, 4, 32]), 1)
+
+
+@device_function
+def group_numbers(piece, PIECES: tl.constexpr):
+    """The numbers of the groups of the pieces from ``piece`` on: [PIECES, 32]."""
+    return (tl.arange(0, PIECES) + piece)[:, None] * 32 + tl.arange(0, 32)[None, :]
+
+
+@device_function
+def group_uniform(seed, offset, group):
+    return _uniform_of(seed, offset, group // 128 * 32 + group % 32, 1, group // 32 % 4)
+
+
+@device_function
+def group_scores(l, peaks, u, PIECES: tl.constexpr):
+    """log(sum of exp(l)) + Gumbel of each group."""
+    base = tl.where(peaks > NO_LOGIT, peaks, 0.0)
+    four = tl.reshape(l, [PIECES, 4, 32, 4])
+    total = tl.sum(tl.sum(tl.exp(four - base[:, None, :, None]), 3), 1)
+    return tl.where(peaks > NO_LOGIT, noisy(base + tl.log(total), u), NO_LOGIT)
+
+
+@device_function
+def inside(group, seed, offset, src, strides, num, b, V, REPEAT: tl.constexpr, TEMPERED: tl.constexpr):
+    """(token, its logit) that a group's choice falls on. See draw_of_all in attnkit/reference.py."""
+    j = tl.arange(0, 16)
+    v = group // 32 * PIECE + j // 4 * (PIECE // 4) + group % 32 * 4 + j % 4
+    l, _, _ = scores(src, strides, num, b, v, V, REPEAT, TEMPERED)
+    top = tl.max(l, 0)
+    mass = tl.cumsum(tl.exp(l - tl.where(top > NO_LOGIT, top, 0.0)), 0)
+    u = tl.max(_uniform_of(seed, offset, group + j * 0, 2, 0), 0)
+    at = tl.minimum(tl.sum((mass <= u * tl.max(mass, 0)).to(tl.int32), 0), 15)
+    return group // 32 * PIECE + at // 4 * (PIECE // 4) + group % 32 * 4 + at % 4, tl.max(tl.where(j == at, l, NO_LOGIT), 0)
 
 
 @device_function

@@ -1,8 +1,8 @@
 """Greedy choice and plain temperature sampling: one read of the logits, a row split over several programs.
 
-Each program keeps its best token so far; noise is made for every token, but its logarithms only for tiles in which
-some token could still win. The last program of a row to arrive combines the row's parts. Filters (top-k, top-p,
-min-p) are in filters.py.
+Each program keeps its best group of tokens so far (greedy: token); exponentials and logarithms are taken only for tiles
+in which some group could still win. The last program of a row to arrive combines the row's parts and chooses inside
+the best group. Filters (top-k, top-p, min-p) are in filters.py.
 """
 
 from __future__ import annotations
@@ -16,15 +16,54 @@ import triton.language as tl
 
 from .aot import Specimen
 from .launcher import Launcher
-from .logits import NO_LOGIT, may_win, noisy, numbers, option, scores, stream, uniform4
+from .logits import (
+    LOG_16,
+    NO_LOGIT,
+    NO_TOKEN,
+    PIECE,
+    group_numbers,
+    group_peaks,
+    group_scores,
+    group_uniform,
+    inside,
+    may_win,
+    numbers,
+    option,
+    scores,
+    stream,
+)
 from .tiles import device_function
 
 
 @device_function
-def _first_best(top, at, V):
-    """(largest of top [N, 4], the lowest id in ``at`` that has it, or V where nothing was seen)."""
+def first_best(top, at):
+    """(largest of top [N, M], the lowest id in ``at`` that has it)."""
     best = tl.max(tl.max(top, 1), 0)
-    return best, tl.min(tl.min(tl.where(top == best, at, V), 1), 0)
+    return best, tl.min(tl.min(tl.where(top == best, at, NO_TOKEN), 1), 0)
+
+
+@device_function
+def _try_largest(l, v, peaks, top, at, PIECES: tl.constexpr):
+    """The largest token of each group so far, and the lowest id it is at: (top, at) after the tile of logits l."""
+    if tl.max(tl.max((peaks > top).to(tl.int32), 1), 0) > 0:
+        is_peak = tl.reshape(l, [PIECES, 4, 32, 4]) == peaks[:, None, :, None]
+        lowest = tl.min(tl.min(tl.where(is_peak, tl.reshape(v, [PIECES, 4, 32, 4]), NO_TOKEN), 3), 1)
+        at = tl.where(peaks > top, lowest, at)
+        top = tl.maximum(peaks, top)
+    return top, at
+
+
+@device_function
+def try_groups(l, peaks, top, at, floor, piece, seed, draw, PIECES: tl.constexpr):
+    """The best scores so far of PIECES times 32 groups, their numbers and the largest: after the tile of logits l."""
+    group = group_numbers(piece, PIECES)
+    u = group_uniform(seed, draw, group)
+    if tl.max(tl.max(may_win(peaks + LOG_16, u, floor).to(tl.int32), 1), 0) > 0:
+        score = group_scores(l, peaks, u, PIECES)
+        at = tl.where(score > top, group, at)
+        top = tl.maximum(score, top)
+        floor = tl.max(tl.max(top, 1), 0)
+    return top, at, floor
 
 
 @device_function
@@ -35,8 +74,10 @@ def _write_token(tokens, valid, b, best, token, nans, alive):
 
 
 @device_function
-def _combine(parts, counters, tokens, valid, b, part, best, token, nans, alive, V, PARTS: tl.constexpr, PARTS_2: tl.constexpr):
-    """Leave this part's result in the workspace; the last part of the row to arrive writes the best of all."""
+def _combine(parts, counters, b, part, best, token, nans, alive, PARTS: tl.constexpr, PARTS_2: tl.constexpr):
+    """Leave this part's result in the workspace; the last part of the row to arrive has the best of all.
+
+    Returns (1 in that part, best, token, nans, alive)."""
     floats = parts.to(tl.pointer_type(tl.float32), bitcast=True)
     words = parts.to(tl.pointer_type(tl.int32), bitcast=True)
     mine = (b * PARTS + part) * 4
@@ -45,17 +86,17 @@ def _combine(parts, counters, tokens, valid, b, part, best, token, nans, alive, 
     tl.store(words + mine + 2, nans)
     tl.store(words + mine + 3, alive)
     tl.debug_barrier()
-    arrived = tl.atomic_add(counters + b, 1, sem="acq_rel", scope="gpu")
-    if arrived == PARTS - 1:
+    last = (tl.atomic_add(counters + b, 1, sem="acq_rel", scope="gpu") == PARTS - 1).to(tl.int32)
+    if last > 0:
         z = tl.arange(0, PARTS_2)
         every = (b * PARTS + z) * 4
         tops = tl.load(floats + every, mask=z < PARTS, other=float("-inf"))
         best = tl.max(tops, 0)
-        token = tl.min(tl.where(tops == best, tl.load(words + every + 1, mask=z < PARTS, other=V), V), 0)
+        token = tl.min(tl.where(tops == best, tl.load(words + every + 1, mask=z < PARTS, other=NO_TOKEN), NO_TOKEN), 0)
         nans = tl.max(tl.load(words + every + 2, mask=z < PARTS, other=0), 0)
         alive = tl.max(tl.load(words + every + 3, mask=z < PARTS, other=0), 0)
-        _write_token(tokens, valid, b, best, token, nans, alive)
         tl.store(counters + b, 0)
+    return last, best, token, nans, alive
 
 
 @triton.jit(do_not_specialize=["offset_value"])
@@ -75,14 +116,14 @@ def draw_kernel(
     strides = (logits_b, counts_b, prompt_b, bias_b, allowed_b)
     values = (repetition_value, presence_value, frequency_value, temperature_value)
     num = numbers(repetition, presence, frequency, temperature, values, b)
-    cold = num[5] > 0
+    cold = num[5]
     seed = tl.load(seeds + b)
     draw = option(offset, offset_value, b, tl.int64)
 
-    group = tl.arange(0, GROUPS)
-    ids = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    top = tl.full([GROUPS, 4], float("-inf"), tl.float32)
-    at = tl.zeros([GROUPS, 4], tl.int32) + V
+    PIECES: tl.constexpr = 4 * GROUPS // PIECE
+    ids = tl.arange(0, GROUPS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    top = tl.full([PIECES, 32], float("-inf"), tl.float32)
+    at = tl.zeros([PIECES, 32], tl.int32) + NO_TOKEN
     state = tl.zeros([GROUPS, 4], tl.int32)
     floor = tl.full([], float("-inf"), tl.float32)
     share = tl.cdiv(tl.cdiv(V, 4 * GROUPS), PARTS)
@@ -90,26 +131,24 @@ def draw_kernel(
         v = tile * (4 * GROUPS) + ids
         l, x, bad = scores(src, strides, num, wide, v, V, REPEAT, TEMPERED)
         state = state | bad | tl.where(x > NO_LOGIT, 2, 0)
-        if GREEDY:
-            better = l > top
-            top = tl.where(better, l, top)
-            at = tl.where(better, v, at)
+        peaks = group_peaks(l, PIECES)
+        if GREEDY:  # noqa: SIM114  (known when this compiles)
+            top, at = _try_largest(l, v, peaks, top, at, PIECES)
+        elif cold > 0:
+            top, at = _try_largest(l, v, peaks, top, at, PIECES)
         else:
-            u = uniform4(seed, draw, tile * GROUPS + group)
-            hope = may_win(l, u, floor) | (cold & (l > floor))
-            if tl.max(tl.max(hope.to(tl.int32), 1), 0) > 0:
-                score = tl.where(cold, l, noisy(l, u))
-                better = hope & (score > top)
-                top = tl.where(better, score, top)
-                at = tl.where(better, v, at)
-                floor = tl.max(tl.max(top, 1), 0)
-    best, token = _first_best(top, at, V)
+            top, at, floor = try_groups(l, peaks, top, at, floor, tile * PIECES, seed, draw, PIECES)
+    best, token = first_best(top, at)
     nans = tl.max(tl.max(state & 1, 1), 0)
     alive = tl.max(tl.max(state & 2, 1), 0)
-    if PARTS == 1:
+    last = part * 0 + 1
+    if PARTS > 1:
+        last, best, token, nans, alive = _combine(parts, counters, b, part, best, token, nans, alive, PARTS, PARTS_2)
+    if last > 0:
+        if not GREEDY:
+            if (cold == 0) & (best > NO_LOGIT):
+                token, _ = inside(token, seed, draw, src, strides, num, wide, V, REPEAT, TEMPERED)
         _write_token(tokens, valid, b, best, token, nans, alive)
-    else:
-        _combine(parts, counters, tokens, valid, b, part, best, token, nans, alive, V, PARTS, PARTS_2)
 
 
 @dataclass(frozen=True, slots=True)

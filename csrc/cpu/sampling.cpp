@@ -29,7 +29,23 @@ float gumbel_noise(uint32_t x) {
   return -std::log(-std::log(1.0f - u));
 }
 
+float logarithm(float x) { return std::log(x); }
+
 namespace {
+
+uint32_t philox_word(uint32_t counter, Noise noise, Words words) {
+  uint32_t k0 = static_cast<uint32_t>(noise.seed), k1 = static_cast<uint32_t>(noise.seed >> 32);
+  uint32_t c0 = counter, c1 = static_cast<uint32_t>(noise.offset), c2 = static_cast<uint32_t>(noise.offset >> 32), c3 = words;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
 
 constexpr float kLowest = -std::numeric_limits<float>::max();
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
@@ -171,6 +187,7 @@ class Row {
     if (k_ <= 0 || k_ >= c.V) k_ = 0;
     noise_ = {static_cast<uint64_t>(c.seeds[b]), static_cast<uint64_t>(number(c.offset, c.offsets))};
     best_ = {kMinusInf, -1};
+    first_token_ = -1;
     nan_ = false;
     chunk_.resize(kChunk + kPad);
     if (t_ == 0.0f || k_ == 1)
@@ -214,9 +231,27 @@ class Row {
   }
 
   void everything() {
-    stream(t_, nullptr, [&](const float* block, int64_t at, int64_t n) {
-      ops_->noisy(block, n, at, kLowest, 0.0f, std::numeric_limits<float>::infinity(), noise_, &best_);
-    });
+    stream(t_, nullptr, [&](float* block, int64_t at, int64_t n) { try_groups(block, n, at); });
+    if (best_.id >= 0) best_.id = token_of_group();
+  }
+
+  // The groups of n tokens, in memory for whole blocks.
+  void try_groups(float* l, int64_t n, int64_t at) {
+    const int64_t full = (n + kBlock - 1) / kBlock * kBlock;
+    std::fill(l + n, l + full, kMinusInf);
+    ops_->groups(l, full, at, noise_, &best_, inside_);
+  }
+
+  // The choice inside the best group, whose logits are `inside_`.
+  int64_t token_of_group() const {
+    const int64_t group = best_.id;
+    const float top = *std::max_element(inside_, inside_ + 16);
+    double mass[16], sum = 0.0;
+    for (int i = 0; i < 16; ++i) mass[i] = sum += std::exp(static_cast<double>(inside_[i]) - static_cast<double>(top));
+    const float word = static_cast<float>(philox_word(static_cast<uint32_t>(group), noise_, kInside));
+    const double reach = static_cast<double>(std::min((word + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f)) * sum;
+    const int64_t i = std::upper_bound(mass, mass + 15, reach) - mass;
+    return group / 32 * kPiece + i / 4 * (kPiece / 4) + group % 32 * 4 + i % 4;
   }
 
   void among_k() {
@@ -239,7 +274,15 @@ class Row {
       kept = std::max<int64_t>(1, nucleus(masses_, 0.0, total * static_cast<double>(p_)));
       if (kept == 1) std::nth_element(masses_.begin(), masses_.begin(), masses_.end(), first_);
     }
-    draw(kept, top + std::log(min_p_));
+    if (!stands(kept)) draw(kept, top + std::log(min_p_));
+  }
+
+  // Whether the draw from all tokens is among the first `kept` of the masses; then it is the best.
+  bool stands(int64_t kept) {
+    const auto is = [&](const Mass& m) { return id_of(m.key) == first_token_; };
+    if (first_token_ < 0 || std::none_of(masses_.begin(), masses_.begin() + kept, is)) return false;
+    best_ = {0.0f, first_token_};
+    return true;
   }
 
   void fill_masses(const std::vector<uint64_t>& keys, float top) {
@@ -263,7 +306,7 @@ class Row {
   // top-p or min-p over the whole vocabulary: the first pass finds the top, the others run from the cache.
   void in_two_passes() {
     const int64_t full = (c_->V + kPad - 1) / kPad * kPad;
-    if (static_cast<int64_t>(row_.size()) < full) row_.resize(full);
+    if (static_cast<int64_t>(row_.size()) < full + kBlock) row_.resize(full + kBlock);
     float top = kMinusInf;
     stream(t_, row_.data(), [&](const float* block, int64_t, int64_t n) { top = std::max(top, ops_->top(block, n)); });
     if (nan_ || top == kMinusInf) return;
@@ -271,6 +314,11 @@ class Row {
     if (p_ >= 1.0f) {
       ops_->noisy(row_.data(), full, 0, low, top, std::numeric_limits<float>::infinity(), noise_, &best_);
       return;
+    }
+    if (min_p_ <= 0.0f) {
+      try_groups(row_.data(), full, 0);
+      if (best_.id >= 0) first_token_ = token_of_group();
+      best_ = {kMinusInf, -1};
     }
     if (c_->V <= 1024) {
       keys_.clear();
@@ -288,6 +336,11 @@ class Row {
     split(top, bin);
     const int64_t kept = std::max<int64_t>(bin == 0, nucleus(masses_, before, target));
     if (kept == 1) std::nth_element(masses_.begin(), masses_.begin(), masses_.end(), first_);
+    if (stands(kept)) return;
+    if (first_token_ >= 0 && top - row_[first_token_] < static_cast<float>(bin) / kBinsPerNat) {
+      best_ = {0.0f, first_token_};
+      return;
+    }
     draw(kept, low);
     // Bins before this one are kept whole.
     if (bin > 0) ops_->noisy(row_.data(), full, 0, low, top, static_cast<float>(bin) / kBinsPerNat, noise_, &best_);
@@ -354,6 +407,8 @@ class Row {
   float t_ = 1.0f, p_ = 1.0f, min_p_ = 0.0f;
   Noise noise_{};
   Best best_{};
+  float inside_[16];
+  int64_t first_token_ = -1;  // drawn from all tokens, if the row is one that tries that
   bool nan_ = false;
   TopK top_;
   std::vector<float> chunk_, row_, values_;

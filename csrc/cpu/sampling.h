@@ -10,6 +10,8 @@ namespace attnkit::cpu {
 
 constexpr int64_t kPad = 64;
 constexpr int64_t kChunk = 4096;      // logits prepared at a time: 16 KB, in the L1 cache
+constexpr int64_t kPiece = 512;       // tokens of 32 groups, 16 each: see grouped() in attnkit/reference.py
+constexpr int64_t kBlock = 4 * kPiece;
 constexpr int kBins = 512;            // of the histogram over top - l
 constexpr float kBinsPerNat = 16.0f;  // bin: the whole part of (top - l) * kBinsPerNat; the last takes all beyond
 
@@ -26,6 +28,9 @@ struct Noise {
   uint64_t seed, offset;
 };
 
+// Which words: of every token; of every group of tokens; for the choice inside a group.
+enum Words : uint32_t { kOfTokens = 0, kOfGroups = 1, kInside = 2 };
+
 // The best score so far and whose it is; id -1: none yet.
 struct Best {
   float score;
@@ -34,6 +39,7 @@ struct Best {
 
 // -log(E), E ~ Exp(1) from 32 random bits; never fused, so that every build agrees on the last bit.
 float gumbel_noise(uint32_t x);
+float logarithm(float x);
 
 struct SampleOps {
   // n logits as float, +inf as the largest float, padded. True if one was NaN.
@@ -55,7 +61,9 @@ struct SampleOps {
   void (*histogram)(const float* l, int64_t n, float top, double* bins);
   // The best l + noise among l >= low with top - l < limit; token ids count from `at`.
   void (*noisy)(const float* l, int64_t n, int64_t at, float low, float top, float limit, Noise noise, Best* best);
-  // The same over a list of n tokens, every one of them eligible; arrays padded to a multiple of kPad.
+  // The best group of whole blocks, -inf past the end, counted from block at / kBlock; `inside` receives its logits.
+  void (*groups)(const float* l, int64_t n, int64_t at, Noise noise, Best* best, float* inside);
+  // noisy() over a list of n tokens, every one of them eligible; arrays padded to a multiple of kPad.
   void (*noisy_list)(const float* l, const int32_t* ids, int64_t n, Noise noise, Best* best);
 };
 

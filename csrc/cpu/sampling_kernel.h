@@ -291,10 +291,10 @@ ATTNKIT_INLINE void multiply(uint32_t a, U b, U* high, U* low) {
 #endif
 }
 
-// Philox4x32-10 (Salmon et al. 2011) at counters (c0, offset, offset >> 32, 0).
-ATTNKIT_INLINE void philox(U c0, Noise noise, U x[4]) {
+// Philox4x32-10 (Salmon et al. 2011) at counters (c0, offset, offset >> 32, words).
+ATTNKIT_INLINE void philox(U c0, Noise noise, Words words, U x[4]) {
   uint32_t k0 = static_cast<uint32_t>(noise.seed), k1 = static_cast<uint32_t>(noise.seed >> 32);
-  U c1 = U{} + static_cast<uint32_t>(noise.offset), c2 = U{} + static_cast<uint32_t>(noise.offset >> 32), c3{};
+  U c1 = U{} + static_cast<uint32_t>(noise.offset), c2 = U{} + static_cast<uint32_t>(noise.offset >> 32), c3 = U{} + static_cast<uint32_t>(words);
   UNROLL for (int round = 0; round < 10; ++round) {
     U high0, low0, high1, low1;
     multiply(0xD2511F53u, c0, &high0, &low0);
@@ -360,7 +360,7 @@ static void noisy(const float* l, int64_t n, int64_t at, float low, float top, f
     const float needed = best->score - 23.0f > low ? best->score - 23.0f : low;
     if (!bits(highest >= fill(needed))) continue;
     U x[4];
-    philox(counter + static_cast<uint32_t>((at + i) / 4), noise, x);
+    philox(counter + static_cast<uint32_t>((at + i) / 4), noise, kOfTokens, x);
     turn(x);
     UNROLL for (int j = 0; j < 4; ++j) {
       const F v = load_f(l + i + j * kLanes);
@@ -373,11 +373,66 @@ static void noisy(const float* l, int64_t n, int64_t at, float low, float top, f
   }
 }
 
+// A group's largest logits, of four vectors of tokens in each of a piece's chunks; in the order that turn() leaves.
+ATTNKIT_INLINE F peaks_of(const float* l) {
+  U x[4];
+  UNROLL for (int j = 0; j < 4; ++j) {
+    F most = load_f(l + j * kLanes);
+    UNROLL for (int c = 1; c < 4; ++c) {
+      const F v = load_f(l + c * (kPiece / 4) + j * kLanes);
+      most = v > most ? v : most;
+    }
+    x[j] = (U)most;
+  }
+  turn(x);
+  const F a = (F)x[0] > (F)x[1] ? (F)x[0] : (F)x[1], b = (F)x[2] > (F)x[3] ? (F)x[2] : (F)x[3];
+  return a > b ? a : b;
+}
+
+// One group, its first token at l: the logarithm of its sum and its noise.
+static void consider_group(const float* l, float peak, uint32_t x, int64_t id, Best* best, float* inside) {
+  if (!(peak > -kInf)) return;
+  float values[16];
+  for (int c = 0; c < 4; ++c) std::memcpy(values + 4 * c, l + c * (kPiece / 4), 16);
+  F sum{};
+  UNROLL for (int i = 0; i < 16; i += kLanes) sum += exp_f(load_f(values + i) - peak);
+  const int64_t before = best->id;
+  consider(peak + logarithm(static_cast<float>(sum_of(sum))), x, id, best);
+  if (best->id != before) std::memcpy(inside, values, sizeof values);
+}
+
+static void groups(const float* l, int64_t n, int64_t at, Noise noise, Best* best, float* inside) {
+  constexpr float kLog16 = 2.7725887f;
+  const U lane = (U)lane_numbers();
+  const U order = (lane & 3u) * uint32_t(kLanes / 4) + (lane >> 2);
+  for (int64_t i = 0; i < n; i += kBlock) {
+    for (int g = 0; g < 32; g += kLanes) {
+      F peaks[4], highest = fill(-kInf);
+      UNROLL for (int piece = 0; piece < 4; ++piece) {
+        peaks[piece] = peaks_of(l + i + piece * kPiece + 4 * g);
+        highest = peaks[piece] > highest ? peaks[piece] : highest;
+      }
+      // A group's sum is at most 16 times its largest, the noise below 23.
+      if (!bits(highest >= fill(best->score - 23.0f - kLog16))) continue;
+      U x[4];
+      philox(order + static_cast<uint32_t>((at + i) / kBlock * 32 + g), noise, kOfGroups, x);
+      for (int piece = 0; piece < 4; ++piece) {
+        Bits maybe = bits(peaks[piece] + kLog16 + 1e-3f + bound(x[piece]) >= fill(best->score));
+        for (; __builtin_expect(maybe != 0, 0); maybe &= maybe - 1) {
+          const int k = __builtin_ctz(maybe), group = g + static_cast<int>(order[k]);
+          const int64_t number = (at + i) / kPiece + piece;
+          consider_group(l + i + piece * kPiece + 4 * group, peaks[piece][k], x[piece][k], number * 32 + group, best, inside);
+        }
+      }
+    }
+  }
+}
+
 static void noisy_list(const float* l, const int32_t* ids, int64_t n, Noise noise, Best* best) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const U id = (U)load_i(ids + i);
     U x[4];
-    philox(id >> 2, noise, x);
+    philox(id >> 2, noise, kOfTokens, x);
     const U word = id & 3u;
     const U mine = word < 2u ? (word == 0u ? x[0] : x[1]) : (word == 2u ? x[2] : x[3]);
     Bits maybe = bits(load_f(l + i) + bound(mine) >= fill(best->score));
@@ -388,6 +443,6 @@ static void noisy_list(const float* l, const int32_t* ids, int64_t n, Noise nois
   }
 }
 
-static constexpr SampleOps kOps{load, penalise, divide, top, scan, band, sum_exp, histogram, noisy, noisy_list};
+static constexpr SampleOps kOps{load, penalise, divide, top, scan, band, sum_exp, histogram, noisy, groups, noisy_list};
 
 }  // namespace attnkit::cpu::ATTNKIT_ISA

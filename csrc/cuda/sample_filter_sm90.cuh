@@ -1,22 +1,20 @@
 // top-k, top-p and min-p: a cluster holds a row in its shared memory, so the logits are read from memory once.
-// Here: how a row comes in, and the way for any number of survivors; sample_list_sm90.cuh has the way for few.
+// Rows of a short top-k go to sample_topk_sm90.cuh; sample_list_sm90.cuh lists few tokens for log-probabilities.
 //
-// No cut is looked for: the best draw among all is checked by counting and weighing what precedes it. Where a filter
-// refuses it, so it does everything that follows, and the next best among the tokens before it is tried.
+// No cut is looked for: a draw from all tokens is checked by counting and weighing what precedes it. Where a filter
+// refuses it, so it does everything that follows, and the best of the tokens before it is tried.
 //
 // Order throughout: by logit after temperature, then by the lower id. The slice holds logits before temperature, so
 // what lies within rounding of a place is looked at again. Sums are taken in an order that depends on V alone.
 #pragma once
-#include "sample_row_sm90.cuh"
+#include "sample_group_sm90.cuh"
 
 namespace attnkit::sampling {
 
 constexpr int kListed = 512;  // candidates of a row, and the room for them
 constexpr int kLocal = 256;   // of a CTA
-constexpr int kMostListed = 128;  // longest top-k by lists
 constexpr int kMostCluster = 16;
 constexpr int kGroups = 4;  // parts in which a slice arrives
-constexpr float kRounding = 4.76837158203125e-07f;  // more than a division and its inverse can move a float
 
 struct Pick {
   u32 bin, need, equal;
@@ -34,6 +32,7 @@ struct FilterShared {
     float4 peaks[kSampleThreads / 8];
   };
   u64 ready[kGroups];
+  u64 reached_by_groups;
   u64 sums[kSampleWarps];
   float tops[kMostCluster * kSampleWarps];
   int counts[kMostCluster];
@@ -43,7 +42,7 @@ struct FilterShared {
   u32 reached, top;
   float bound;
 };
-static_assert(sizeof(FilterShared) == 6976, "FIXED_BYTES");
+static_assert(sizeof(FilterShared) == 6992, "FIXED_BYTES");
 
 ATTNKIT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 ATTNKIT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -96,6 +95,7 @@ struct FilterRow {
 
   // Tokens as they are in memory, but for penalties: those make floats of them. Bulk copies bring whole tiles, into
   // the upper half of the room that floats will take.
+  static constexpr int kHeldType = Penalised ? kF32 : Type;
   static constexpr int kItem = Type == kF32 ? 4 : 2;
   static constexpr int kHeld = Penalised ? 4 : kItem;
   static constexpr int kTileBytes = kHeld * kSampleTile;
@@ -198,21 +198,55 @@ struct FilterRow {
     const u64 mine = draw.packed(), best = warp_max(mine);
     const u32 holder = __ffs(__ballot_sync(0xffffffffu, mine == best)) - 1;
     const float raw = __shfl_sync(0xffffffffu, draw.raw, holder);
-    return make_uint4(high_word(best), static_cast<u32>(best), __float_as_uint(raw), 0);
+    return make_uint4(high_word(best), static_cast<u32>(best), __float_as_uint(raw), best_id(best));
   }
 
-  // The best of the cluster's draws, and its logit before temperature.
+  // Four of a group's logits: chunk c of the group in the slice, ``piece`` counted in the slice.
+  ATTNKIT_DEVICE Raw<kHeldType> held_chunk(int piece, int c, int lane_of_group) const {
+    const int at = piece % 2 * 128 + c * 32 + lane_of_group;
+    return reinterpret_cast<const Raw<kHeldType>*>(slice + piece / 2 * kTileBytes)[at];
+  }
+
+  // Draws among the groups of the slice's pieces [from, to).
+  ATTNKIT_DEVICE void try_pieces(Best& best, Floor& floor, int from, int to) const {
+#pragma unroll 1
+    for (int piece = from + warp; piece < to; piece += kSampleWarps) {
+      const int number = (rank + piece / 2 * size) * 2 + piece % 2;
+      Raw<kHeldType> raw[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) raw[c] = held_chunk(piece, c, lane);
+      u32 w[4];
+      philox_words(seed, offset, kOfGroups, static_cast<u32>(number / 4 * 32 + lane), w);
+      const u32 word = number & 2 ? (number & 1 ? w[3] : w[2]) : (number & 1 ? w[1] : w[0]);
+      try_group<kHeldType>(best, floor, raw, number * 32 + lane, word, o);
+    }
+  }
+
+  // Of a warp's groups: the best, and its token.
+  ATTNKIT_DEVICE uint4 record_of(const Best& mine) const {
+    const u64 best = warp_max(mine.packed());
+    if (best == 0 || best == kNaNSeen) return make_uint4(high_word(best), static_cast<u32>(best), 0, 0);
+    const int group = best_id(best), piece = (group / 64 - rank) / size * 2 + group / 32 % 2;
+    float four[4], x;
+    widen_four<kHeldType>(held_chunk(piece, lane & 3, group & 31), four);
+    const int token = choose_inside(four, group, seed, offset, o, x);
+    return make_uint4(high_word(best), static_cast<u32>(best), __float_as_uint(x), token);
+  }
+
+  // The best of the cluster's draws (the token's own id now), and its logit before temperature.
   ATTNKIT_DEVICE u64 hear_best(float& raw) {
     u64 best = 0;
     float x = 0.0f;
+    u32 id = 0;
     hear([&](uint4 r) {
       const u64 packed = static_cast<u64>(r.x) << 32 | r.y;
-      if (packed > best) best = packed, x = __uint_as_float(r.z);
+      if (packed > best) best = packed, x = __uint_as_float(r.z), id = r.w;
     });
     const u64 all = warp_max(best);
     const u32 holder = __ffs(__ballot_sync(0xffffffffu, best == all)) - 1;
     raw = __shfl_sync(0xffffffffu, x, holder);
-    return all;
+    id = __shfl_sync(0xffffffffu, id, holder);
+    return all == 0 ? 0 : all >> 32 << 32 | (0xffffffffu - id);
   }
 
   ATTNKIT_DEVICE void tell_peak(float peak) {
@@ -427,6 +461,7 @@ ATTNKIT_DEVICE FilterRow<Type, Penalised> begin_row(const SampleParams& p, char*
     mbarrier_init_fence();
     s.n_local = s.kept = 0;
     s.reached = s.top = 0;
+    s.reached_by_groups = 0;
     s.bound = negative_infinity();
   }
   __syncwarp();
@@ -441,6 +476,76 @@ ATTNKIT_DEVICE FilterRow<Type, Penalised> begin_row(const SampleParams& p, char*
   row.o = raw.use();
   row.seed = static_cast<u64>(raw.seed), row.offset = static_cast<u64>(raw.offset);
   return row;
+}
+
+// The kernel for rows that have no short top-k.
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
+  extern __shared__ __align__(128) char memory[];
+  // Rows that the grid before takes are passed over while that one runs: it started when all before it had ended, so a
+  // row's options are there. One CTA stays to its end, so that this grid's end is the end of both.
+  if (p.listed != 0 && listed_k(p, static_cast<int>(blockIdx.x / cluster_size())) != 0) {
+    if (blockIdx.x == 0) wait_for_previous_grid();
+    return;
+  }
+  auto row = begin_row<Type, Penalised>(p, memory);
+  const RowPointers pointers = row_pointers<Type>(p, row.b);
+  const u32 k = row.top_k > 0 && row.top_k < p.V ? static_cast<u32>(row.top_k) : 0;
+  const float share = row.share, ratio = row.ratio;
+  const Philox philox(row.seed, row.offset);
+
+  // Where the first draw can be made from all tokens it is made as they are read.
+  const bool early = !row.o.cold && ratio <= 0.0f && (k == 0 || share >= 1.0f);
+  float peak = negative_infinity();
+  if (early && k == 0) {
+    Best best;
+    Floor floor(&row.s.reached_by_groups, 0);
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      row.take(pointers, group, [](const float(&)[4], int) {});
+      __syncthreads();
+      row.try_pieces(best, floor, 2 * group * row.part(), 2 * row.group_end(group));
+    }
+    peak = best.seen;
+    cluster_wait();
+    row.tell(row.record_of(best));
+  } else if (early) {
+    Draw draw(row.o.rt, &row.s.reached);
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      row.take(pointers, group, [&](const float(&x)[4], int v) {
+        peak = max_nan(peak, max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
+        u32 w[4];
+        philox.words(static_cast<u32>(v) >> 2, w);
+        draw.four(x, w, v, [&](float y) { return warm(y, row.o); });
+      });
+    }
+    cluster_wait();
+    row.tell(row.record_of(draw));
+  } else {
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      row.take(pointers, group, [&](const float(&x)[4], int) {
+        peak = max_nan(peak, max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
+      });
+    }
+    cluster_wait();
+  }
+  row.tell_peak(peak);
+  cluster_sync();
+  peak = row.hear_peak();
+  row.top = warm(peak, row.o);
+  if (!(row.top > negative_infinity())) {
+    row.write(0, false);
+    return;
+  }
+  if (row.o.cold) {
+    row.choose_largest(peak);
+    return;
+  }
+  float raw = 0.0f;
+  const u64 best = early ? row.hear_best(raw) : 0;
+  row.draw_and_check(best, raw, k, share, ratio > 0.0f ? __fadd_rn(row.top, logf(ratio)) : -kF32Max, philox);
 }
 
 }  // namespace attnkit::sampling

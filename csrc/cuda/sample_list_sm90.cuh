@@ -1,4 +1,4 @@
-// The way for few survivors: each CTA of a row's cluster lists what may be among the k first, and one CTA draws.
+// The first tokens of a row, for log-probabilities: each CTA of its cluster lists what may be among the k first.
 //
 // While the last part of a slice is on its way, the pairs of threads' largest logits so far (peaks) are ranked. As many
 // tokens as peaks are at or above the m-th; with m about twice a CTA's share of k, the largest of all CTAs' bounds has
@@ -14,7 +14,6 @@ struct alignas(16) Candidate {
   ATTNKIT_DEVICE float logit() const { return order_value(static_cast<u32>(key >> 32)); }
   ATTNKIT_DEVICE int id() const { return best_id(key); }
 };
-constexpr float kMassOne = 1099511627776.0f;  // 2^40
 
 template <int Type, bool Penalised>
 struct ListRow {
@@ -235,109 +234,6 @@ struct ListRow {
     }
     if (i < n && static_cast<int>(threadIdx.x) % lanes == 0) f(mine, before, mass);
   }
-
-  // CTA 0: the sum over its threads, below 2^49.
-  ATTNKIT_DEVICE u64 block_sum(u64 x) {
-    const u64 low24 = __reduce_add_sync(0xffffffffu, static_cast<u32>(x) & 0xffffffu);
-    const u64 high = __reduce_add_sync(0xffffffffu, static_cast<u32>(x >> 24));
-    if (row.lane == 0) s.sums[row.warp] = low24 + (high << 24);
-    __syncthreads();
-    u64 sum = 0;
-#pragma unroll
-    for (int i = 0; i < kSampleWarps; ++i) sum += s.sums[i];
-    __syncthreads();
-    return sum;
-  }
-
-  // CTA 0: draws among the k first that top-p and min-p let pass.
-  ATTNKIT_DEVICE void draw(int n, u32 k, float share, float least, const Philox& philox) {
-    u64 mass = 0, before = 0, best = 0;
-    bool first = false;
-    rank_all(n, [&](const Candidate& c, u32 ahead, u64 heavier) {
-      if (ahead < k) {
-        mass = c.mass, before = heavier, first = ahead == 0;
-        best = c.logit() >= least ? pack_best(noisy(c.logit(), philox.word(c.id())), c.id()) : 0;
-      }
-    });
-    const double target = static_cast<double>(share) * static_cast<double>(block_sum(mass));
-    if (!first && share < 1.0f && static_cast<double>(before) >= target) best = 0;
-    best = warp_max(best);
-    if (row.lane == 0) s.sums[row.warp] = best;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-#pragma unroll
-      for (int i = 1; i < kSampleWarps; ++i) best = max(best, s.sums[i]);
-      row.write(best_id(best), true);
-    }
-  }
 };
-
-// The kernel for top-k, top-p and min-p.
-template <int Type, bool Penalised>
-ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
-  extern __shared__ __align__(128) char memory[];
-  auto row = begin_row<Type, Penalised>(p, memory);
-  const int rank = row.rank;
-  const RowPointers pointers = row_pointers<Type>(p, row.b);
-  const u32 k = row.top_k > 0 && row.top_k < p.V ? static_cast<u32>(row.top_k) : 0;
-  const float share = row.share, ratio = row.ratio;
-  const Philox philox(row.seed, row.offset);
-  if (k != 0 && k <= kMostListed && !row.o.cold) {
-    ListRow<Type, Penalised> list(row);
-    const float peak = list.load(pointers, k);
-    bool nan;
-    const bool apart = list.share(peak, k, nan);
-    if (nan || row.top == negative_infinity()) {
-      row.write(0, false);
-      return;
-    }
-    if (!apart) list.count_out(k);
-    if (rank != 0) return;
-    const int n = list.gather(apart);
-    list.draw(n, k, share, ratio > 0.0f ? __fadd_rn(row.top, logf(ratio)) : -kF32Max, philox);
-    return;
-  }
-
-  // Where the first draw can be made from all tokens it is made as they are read.
-  const bool early = !row.o.cold && ratio <= 0.0f && (k == 0 || share >= 1.0f);
-  float peak = negative_infinity();
-  if (early) {
-    Draw draw(row.o.rt, &row.s.reached);
-#pragma unroll 1
-    for (int group = 0; group < kGroups; ++group) {
-      row.take(pointers, group, [&](const float(&x)[4], int v) {
-        peak = max_nan(peak, max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
-        u32 w[4];
-        philox.words(static_cast<u32>(v) >> 2, w);
-        draw.four(x, w, v, [&](float y) { return warm(y, row.o); });
-      });
-    }
-    cluster_wait();
-    row.tell(row.record_of(draw));
-  } else {
-#pragma unroll 1
-    for (int group = 0; group < kGroups; ++group) {
-      row.take(pointers, group, [&](const float(&x)[4], int) {
-        peak = max_nan(peak, max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
-      });
-    }
-    cluster_wait();
-  }
-  row.tell_peak(peak);
-  cluster_sync();
-  peak = row.hear_peak();
-  row.top = warm(peak, row.o);
-  if (!(row.top > negative_infinity())) {
-    row.write(0, false);
-    return;
-  }
-  if (row.o.cold) {
-    row.choose_largest(peak);
-    return;
-  }
-  float raw = 0.0f;
-  const u64 best = early ? row.hear_best(raw) : 0;
-  row.draw_and_check(best, raw, k, share, ratio > 0.0f ? __fadd_rn(row.top, logf(ratio)) : -kF32Max, philox);
-}
 
 }  // namespace attnkit::sampling

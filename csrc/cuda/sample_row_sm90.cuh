@@ -1,5 +1,6 @@
 // What the sampling kernels share: a row's options, its logits four at a time with penalties and temperature,
-// and the noise: Philox4x32-10 (Salmon et al., SC 2011) keyed by seed, counted by token and offset, then Gumbel-max.
+// and the noise: Philox4x32-10 (Salmon et al., SC 2011) keyed by seed, counted by token or group of tokens and by offset,
+// then Gumbel-max. attnkit/reference.py says which row draws how.
 #pragma once
 #include "convert.cuh"
 
@@ -29,11 +30,12 @@ struct SampleParams {
   i64* tokens;
   u8* valid;
   int* state;
+  float* peaks;
   float* chosen;
   i64* top_ids;
   i64 logits_b, counts_b, prompt_b, bias_b, allowed_b;
   i64 offset_value, top_k_value;
-  int B, V, tiles, columns;
+  int B, V, blocks, columns, listed;
   float temperature_value, top_p_value, min_p_value, repetition_value, presence_value, frequency_value;
 };
 
@@ -91,6 +93,7 @@ struct RawOptions {
   float t, repetition, presence, frequency;
   i64 seed, offset;
 
+  ATTNKIT_DEVICE RawOptions() {}
   ATTNKIT_DEVICE RawOptions(const SampleParams& p, int b)
       : t(option(p.temperature, p.temperature_value, b)),
         repetition(option(p.repetition, p.repetition_value, b)),
@@ -112,6 +115,17 @@ struct RawOptions {
     return o;
   }
 };
+
+constexpr int kMostListed = 128;                      // longest top-k that sample_topk_sm90.cuh takes
+constexpr float kMassOne = 1099511627776.0f;      // 2^40: masses are integers, so that no order of adding shows
+constexpr float kRounding = 4.76837158203125e-07f;  // more than a division and its inverse can move a float
+
+// The k of a row that sample_topk_sm90.cuh takes, 1 for a greedy row; 0 for other rows.
+ATTNKIT_DEVICE u32 listed_k(const SampleParams& p, int b) {
+  const i64 k = option(p.top_k, p.top_k_value, b);
+  if (option(p.temperature, p.temperature_value, b) == 0.0f) return 1;
+  return k > 0 && k < p.V && k <= kMostListed ? static_cast<u32>(k) : 0;
+}
 
 // Where row b of each tensor lies, and whether four neighbours can be read at once.
 struct RowPointers {
@@ -266,7 +280,26 @@ ATTNKIT_DEVICE u32 high_word(u64 x) { return static_cast<u32>(x >> 32); }
 
 constexpr u32 kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
-// What the first two rounds have in common for all tokens of a row is worked out once.
+// Which words: of every token; of every group of tokens; for the choice inside a group.
+enum Noise : u32 { kOfTokens = 0, kOfGroups = 1, kInside = 2 };
+
+// The four words of one counter.
+ATTNKIT_DEVICE void philox_words(u64 seed, u64 offset, Noise noise, u32 counter, u32 (&w)[4]) {
+  u32 k0 = static_cast<u32>(seed), k1 = high_word(seed);
+  u32 c0 = counter, c1 = static_cast<u32>(offset), c2 = high_word(offset), c3 = noise;
+#pragma unroll
+  for (int i = 0; i < 10; ++i) {
+    const u64 a = static_cast<u64>(kPhiloxM0) * c0, b = static_cast<u64>(kPhiloxM1) * c2;
+    c0 = high_word(b) ^ c1 ^ k0;
+    c1 = static_cast<u32>(b);
+    c2 = high_word(a) ^ c3 ^ k1;
+    c3 = static_cast<u32>(a);
+    k0 += kPhiloxW0, k1 += kPhiloxW1;
+  }
+  w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
+}
+
+// The words of tokens. What the first two rounds have in common for all of a row is worked out once.
 struct Philox {
   u32 k1, x1, x2, l3, keys[16];
 
@@ -309,9 +342,13 @@ struct Philox {
   }
 };
 
+ATTNKIT_DEVICE float uniform(u32 word) {
+  return fminf(__fmul_rn(__fadd_rn(__uint2float_rn(word), 0.5f), 2.3283064365386963e-10f), 0.999999940395355224609375f);
+}
+
 // l - log(E), E = -log(1 - u) exponential; a series keeps small E exact, where the winners are.
 ATTNKIT_DEVICE float noisy(float l, u32 word) {
-  const float u = fminf(__fmul_rn(__fadd_rn(__uint2float_rn(word), 0.5f), 2.3283064365386963e-10f), 0.999999940395355224609375f);
+  const float u = uniform(word);
   float e = __fadd_rn(0.25f, divide(u, 5.0f, 0.2f));
   e = __fadd_rn(0.3333333333333333f, __fmul_rn(u, e));
   e = __fadd_rn(0.5f, __fmul_rn(u, e));

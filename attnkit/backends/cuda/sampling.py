@@ -1,4 +1,5 @@
-"""sample through csrc/cuda/sample_*_sm90.cu: one launch for the token, one for log-probabilities."""
+"""sample through csrc/cuda/sample_*_sm90.cu. For the token: one launch without filters; two for a short top-k, one for
+other filters, three where tensors leave that open. One more for log-probabilities."""
 
 from __future__ import annotations
 
@@ -18,14 +19,15 @@ from attnkit.signature import SampleSig
 
 POINTERS = (
     "logits", "seeds", "counts", "prompt_mask", "logit_bias", "allowed", "temperature", "top_k", "top_p", "min_p",
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "offset", "tokens", "valid", "state", "chosen", "top_ids",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "offset", "tokens", "valid", "state", "peaks",
+    "chosen", "top_ids",
 )  # fmt: skip
 STRIDES = {"counts": 4, "prompt_mask": 1, "logit_bias": 4, "allowed": 4}
 #: struct SampleParams of csrc/cuda/sample_row_sm90.cuh
 PARAMS = launch.Fields(
     maps=(),
     words=(*POINTERS, "logits_b", *(f"{name}_b" for name in STRIDES), "offset_value", "top_k_value"),
-    ints=("B", "V", "tiles", "columns"),
+    ints=("B", "V", "blocks", "columns", "listed"),
     floats=("temperature_value", "top_p_value", "min_p_value", "repetition_value", "presence_value", "frequency_value"),
 )
 EACH_CALL = (*POINTERS, *(f"{name}_b" for name in STRIDES))
@@ -40,17 +42,30 @@ def _supports(sig: SampleSig) -> str | None:
     if sig.B * -(-sig.V // builds.TILE) >= 1 << 31:
         return "more than 2^31 tiles of logits"
     tiles = builds.cluster(sig.V)[1]
-    if (filtered(sig) or sig.logprobs is not None) and tiles > builds.MOST_SLICE_TILES:
+    if ((filtered(sig) and _ways(sig) != ("short",)) or sig.logprobs is not None) and tiles > builds.MOST_SLICE_TILES:
         return f"V is {sig.V}, filters and logprobs go up to {builds.MOST_SLICE_TILES * builds.MOST_CLUSTER * builds.TILE}"
-    return launch.unavailable() or launch.missing(_variant(sig, True))
+    reasons = (launch.missing(v) for way in _ways(sig) for v in _variants(sig, way, True))
+    return launch.unavailable() or next((reason for reason in reasons if reason is not None), None)
 
 
-def _variant(sig: SampleSig, penalised: bool) -> Variant:
+def _ways(sig: SampleSig) -> tuple[str, ...]:
+    """Who draws: "all" tokens, a "short" top-k, the "rest" of the filters. Each row is drawn by one."""
+    if not filtered(sig):
+        return ("all",)
+    k = sig.top_k
+    if k is not None and 0 < k < sig.V and k <= builds.MOST_LISTED:
+        return ("short",)
+    return ("rest",) if k is not None else ("short", "rest")
+
+
+def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
     kind = KINDS[sig.dtype]
-    if filtered(sig):
-        held = builds.held_bytes(kind, penalised)
-        return builds.filters(kind, penalised, builds.filter_ctas(builds.cluster(sig.V)[1], held))
-    return builds.draw(kind, penalised, sig.temperature == 0.0)
+    if way == "all":
+        return (builds.draw(kind, penalised, sig.temperature == 0.0),)
+    if way == "short":
+        return builds.short_top_k(kind, penalised)
+    held = builds.held_bytes(kind, penalised)
+    return (builds.filters(kind, penalised, builds.filter_ctas(builds.cluster(sig.V)[1], held)),)
 
 
 def _used(sig: SampleSig, options: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,33 +85,43 @@ def _values(sig: SampleSig) -> dict[str, Any]:
 
     return {
         "logits_b": sig.logits_stride[0] * sig.dtype.itemsize, "offset_value": int(number("offset", 0)),
-        "top_k_value": int(number("top_k", 0)), "B": sig.B, "V": sig.V, "tiles": -(-sig.V // builds.TILE),
+        "top_k_value": int(number("top_k", 0)), "B": sig.B, "V": sig.V, "blocks": -(-sig.V // builds.BLOCK),
+        "listed": int(len(_ways(sig)) > 1),
         "temperature_value": number("temperature", 1.0), "top_p_value": number("top_p", 1.0),
         "min_p_value": number("min_p", 0.0), "repetition_value": number("repetition_penalty", 1.0),
         "presence_value": number("presence_penalty", 0.0), "frequency_value": number("frequency_penalty", 0.0),
     }  # fmt: skip
 
 
-def _made(sig: SampleSig, variant: Variant, name: str, grid: int, cluster: int, shared: int, values: dict[str, Any]) -> Any:
+def _made(
+    sig: SampleSig, variant: Variant, name: str, grid: int, values: dict[str, Any], *, cluster: int = 1, shared: int = 0,
+    threads: int = builds.THREADS,
+) -> Any:  # fmt: skip
     """A launch of ``grid`` CTAs, in clusters unless ``cluster`` is 1."""
     loaded = launch.kernel(variant, name, launch.index_of(sig.device), shared)
     if cluster > 8:
         loaded.allow_large_clusters()
     return launch.compiled().CudaLaunch(
-        loaded, (grid, 1, 1), (builds.THREADS, 1, 1), (cluster, 1, 1), True, PARAMS.pack(values),
+        loaded, (grid, 1, 1), (threads, 1, 1), (cluster, 1, 1), True, PARAMS.pack(values),
         [PARAMS.offsets[name] for name in EACH_CALL],
     )  # fmt: skip
 
 
-def _prepare(plan: Plan, penalised: bool) -> Any:
-    sig = plan.sig
-    variant, values = _variant(sig, penalised), _values(sig)
-    if not filtered(sig):
-        shared = builds.draw_bytes(KINDS[sig.dtype], penalised)
-        return _made(sig, variant, "attnkit_sample_draw", plan.config.ctas, 1, shared, values)
-    size, tiles = builds.cluster(sig.V)
-    shared = builds.slice_bytes(tiles, builds.held_bytes(KINDS[sig.dtype], penalised))
-    return _made(sig, variant, "attnkit_sample_filter", sig.B * size, size, shared, values)
+def _prepare(plan: Plan, penalised: bool) -> list[Any]:
+    """The launches that draw, in order."""
+    sig, values, made = plan.sig, _values(plan.sig), []
+    for way in _ways(sig):
+        variants = _variants(sig, way, penalised)
+        if way == "all":
+            made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values))
+        elif way == "short":
+            made.append(_made(sig, variants[0], "attnkit_sample_peaks", plan.config.ctas, values))
+            made.append(_made(sig, variants[1], "attnkit_sample_topk", sig.B, values, threads=builds.TOPK_THREADS))
+        else:
+            size, tiles = builds.cluster(sig.V)
+            shared = builds.slice_bytes(tiles, builds.held_bytes(KINDS[sig.dtype], penalised))
+            made.append(_made(sig, variants[0], "attnkit_sample_filter", sig.B * size, values, cluster=size, shared=shared))
+    return made
 
 
 def _prepare_logprobs(sig: SampleSig) -> Any:
@@ -104,7 +129,8 @@ def _prepare_logprobs(sig: SampleSig) -> Any:
     kind, values = KINDS[sig.dtype], _values(sig) | {"columns": sig.logprobs}
     held = builds.held_bytes(kind, False)
     variant = builds.logprobs(kind, builds.filter_ctas(tiles, held))
-    return _made(sig, variant, "attnkit_sample_logprobs", sig.B * size, size, builds.slice_bytes(tiles, held), values)
+    shared = builds.slice_bytes(tiles, held)
+    return _made(sig, variant, "attnkit_sample_logprobs", sig.B * size, values, cluster=size, shared=shared)
 
 
 def _launch(
@@ -116,15 +142,18 @@ def _launch(
     draw = "penalised" if any(name in used for name in STRIDES) else "plain"
     if draw not in state:
         state[draw] = _prepare(plan, draw == "penalised")
-    counters = None if filtered(sig) else workspace.counters(sig.device, 4 * sig.B)
-    own = {"logits": logits, "seeds": seeds, "tokens": tokens, "valid": valid, "state": counters, "chosen": logprobs}
-    own |= {"top_ids": top_ids} | used
+    ways = _ways(sig)
+    counters = workspace.counters(sig.device, 4 * sig.B) if "all" in ways else None
+    peaks = workspace.partials(sig.device, builds.peak_bytes(sig.B, sig.V)) if "short" in ways else None
+    own = {"logits": logits, "seeds": seeds, "tokens": tokens, "valid": valid, "state": counters, "peaks": peaks}
+    own |= {"chosen": logprobs, "top_ids": top_ids} | used
     arguments = (
         launch.stream_of(launch.index_of(sig.device)),
         *(launch.pointer(own.get(name)) for name in POINTERS),
         *(used[name].stride(0) * size if name in used else 0 for name, size in STRIDES.items()),
     )
-    state[draw](*arguments)
+    for made in state[draw]:
+        made(*arguments)
     if logprobs is not None:
         if "logprobs" not in state:
             state["logprobs"] = _prepare_logprobs(sig)

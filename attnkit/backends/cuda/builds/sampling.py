@@ -8,15 +8,18 @@ from attnkit.backends.cuda.images import Variant, variant
 BF16, F16, F32 = 0, 1, 4
 THREADS = 256
 TILE = 4 * THREADS
-#: Tokens that a warp of the draw kernel takes at a time, and CTAs of it that share a multiprocessor.
-PIECE = 512
-DRAW_CTAS = 3
+#: Tokens that a warp takes at a time where the logits are read once, of which groups of 16 have a peak.
+BLOCK = 2048
+GROUP = 16
+#: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
+STREAM_CTAS = 2
+TOPK_THREADS, TOPK_CTAS = 512, 2
 #: sizeof(FilterShared) in csrc/cuda/sample_filter_sm90.cuh; the slice of the row follows it.
-FIXED_BYTES = 6976
+FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
 SORT_BYTES = 512 * 16
 MOST_CLUSTER = 16
-#: Up to how many of the highest logits the kernels find by lists.
+#: Up to how many of the highest logits the kernels find by lists: log-probabilities, and top-k in two launches.
 MOST_LISTED = 128
 #: Of a slice, if three CTAs are to share a multiprocessor.
 SLICE_TILES = 16
@@ -25,29 +28,23 @@ MOST_SLICE_TILES = (227 * 1024 - FIXED_BYTES) // (4 * TILE)
 
 def draw(kind: int, penalised: bool, greedy: bool) -> Variant:
     """csrc/cuda/sample_draw_sm90.cu: greedy and plain temperature."""
-    values = {
-        "TYPE": kind, "PENALISED": int(penalised), "GREEDY": int(greedy), "CTAS": DRAW_CTAS,
-        "STAGES": draw_stages(kind, penalised),
-    }  # fmt: skip
+    values = {"TYPE": kind, "PENALISED": int(penalised), "GREEDY": int(greedy), "CTAS": STREAM_CTAS}
     return variant("sample_draw_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
-def _stage_bytes(kind: int, penalised: bool) -> int:
-    return PIECE * ((4 if kind == F32 else 2) + 4 * penalised)
+def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
+    """csrc/cuda/sample_topk_sm90.cuh's two kernels: top-k up to MOST_LISTED, top-p and min-p with it."""
+    values = {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)}
+    first = variant("sample_peaks_sm90.cu", values | {"ATTNKIT_CTAS": STREAM_CTAS})
+    return first, variant("sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
 
 
-def draw_stages(kind: int, penalised: bool) -> int:
-    """Pieces of a warp that are on their way: as DRAW_CTAS rings fit a multiprocessor, 4 at most."""
-    return min(4, (228 * 1024 // DRAW_CTAS - 1536) // (THREADS // 32 * (_stage_bytes(kind, penalised) + 8)))
-
-
-def draw_bytes(kind: int, penalised: bool) -> int:
-    """Ring::kBytes."""
-    return THREADS // 32 * draw_stages(kind, penalised) * (_stage_bytes(kind, penalised) + 8)
+def peak_bytes(B: int, V: int) -> int:
+    return B * -(-V // BLOCK) * (BLOCK // GROUP) * 4
 
 
 def filters(kind: int, penalised: bool, ctas: int) -> Variant:
-    """csrc/cuda/sample_filter_sm90.cu: top-k, top-p and min-p."""
+    """csrc/cuda/sample_filter_sm90.cu: top-p and min-p alone, longer top-k."""
     values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": ctas}
     return variant("sample_filter_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
@@ -84,4 +81,5 @@ def shipped() -> list[Variant]:
     kinds = (F32, BF16)
     draws = [draw(kind, *how) for kind in kinds for how in ((False, False), (False, True), (True, False))]
     cuts = [filters(kind, penalised, 3) for kind in kinds for penalised in (False, True)]
-    return [*draws, *cuts, *(logprobs(kind, 3) for kind in kinds)]
+    short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
+    return [*draws, *cuts, *short, *(logprobs(kind, 3) for kind in kinds)]

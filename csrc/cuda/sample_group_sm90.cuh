@@ -1,0 +1,170 @@
+// Groups of 16 tokens. One draw from all tokens of a row needs noise for a group instead of every token: see draw_of_all
+// in attnkit/reference.py. The same groups' largest logits (peaks) tell where a row's first tokens are.
+//
+// Group 32 P + l lies in piece P (512 tokens): four neighbours of lane l in each of four chunks of 128 tokens. So a warp's
+// 16-byte reads are contiguous and no lane needs another's tokens. Four pieces are a block.
+#pragma once
+#include "sample_row_sm90.cuh"
+
+namespace attnkit::sampling {
+
+constexpr int kChunk = 128, kPiece = 4 * kChunk, kBlock = 4 * kPiece;
+
+ATTNKIT_DEVICE int first_of_group(int group) { return group / 32 * kPiece + group % 32 * 4; }
+
+template <int Type>
+ATTNKIT_DEVICE u32 max_pairs(u32 a, u32 b) {
+  u32 r;
+  if constexpr (Type == kBf16) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  }
+  return r;
+}
+
+// The largest of a group's logits; NaN if there is one.
+template <int Type>
+ATTNKIT_DEVICE float peak_of(const Raw<Type> (&raw)[4]) {
+  if constexpr (Type == kF32) {
+    float most[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const u32(&w)[4] = raw[c].w;
+      most[c] = max_nan(max_nan(__uint_as_float(w[0]), __uint_as_float(w[1])), max_nan(__uint_as_float(w[2]), __uint_as_float(w[3])));
+    }
+    return max_nan(max_nan(most[0], most[1]), max_nan(most[2], most[3]));
+  } else {
+    u32 most = max_pairs<Type>(raw[0].w[0], raw[0].w[1]);
+#pragma unroll
+    for (int c = 1; c < 4; ++c) most = max_pairs<Type>(most, max_pairs<Type>(raw[c].w[0], raw[c].w[1]));
+    const float2 two = unpack(most, Type == kBf16);
+    return max_nan(two.x, two.y);
+  }
+}
+
+// A lane's largest logit and its id; the lowest on ties. Where groups are drawn: its best group's score and number.
+struct Best {
+  float best = negative_infinity(), seen = negative_infinity();  // seen: NaN once there was one
+  int id = 0;
+
+  // Greedy; ``v`` is the group's first id.
+  template <int Type>
+  ATTNKIT_DEVICE void largest(const Raw<Type> (&raw)[4], int v) {
+    const float peak = peak_of<Type>(raw), most = fminf(peak, kF32Max);
+    seen = max_nan(seen, peak);
+    if (most > best) {
+      best = most;
+#pragma unroll
+      for (int c = 3; c >= 0; --c) {
+        float x[4];
+        widen_four<Type>(raw[c], x);
+#pragma unroll
+        for (int i = 3; i >= 0; --i) id = fminf(x[i], kF32Max) == most ? v + c * kChunk + i : id;
+      }
+    }
+  }
+
+  ATTNKIT_DEVICE u64 packed() const { return seen != seen ? kNaNSeen : best > negative_infinity() ? pack_best(best, id) : 0; }
+};
+
+// The floor: a score that the CTA has reached in a row. ``tag`` grows from row to row, so a late warp's counts for nothing.
+struct Floor {
+  u32 address, tag;
+  u32 key = 0;
+  float shift = -negative_infinity();  // a group may win: u <= 2^(peak scale + shift)
+
+  ATTNKIT_DEVICE Floor(const u64* shared, int row) : address(Draw::kept_address(shared)), tag(static_cast<u32>(row) + 1) {}
+
+  // A group's sum is at most 16 times its largest; E >= u.
+  ATTNKIT_DEVICE void set(u32 k) {
+    const float score = order_value(k);
+    key = k;
+    shift = (fabsf(score) * 1e-6f + 2e-3f - score) * kLog2e + 4.0f;
+  }
+  ATTNKIT_DEVICE void refresh() {
+    u32 low, high;
+    asm volatile("ld.volatile.shared.v2.b32 {%0, %1}, [%2];" : "=r"(low), "=r"(high) : "r"(address));
+    if (high == tag && low > key) set(low);
+  }
+  ATTNKIT_DEVICE void raise(float best) {
+    const u32 top = __reduce_max_sync(0xffffffffu, order_key(best));
+    if (top > key && top > order_key(negative_infinity())) {
+      set(top);
+      if (elect_one()) asm volatile("red.shared.max.u64 [%0], %1;" ::"r"(address), "l"(static_cast<u64>(tag) << 32 | top) : "memory");
+    }
+  }
+};
+
+// Tries a group whose word is given. Converged warps only.
+template <int Type>
+ATTNKIT_DEVICE void try_group(Best& best, Floor& floor, const Raw<Type> (&raw)[4], int group, u32 word, const RowOptions& o) {
+  const float peak = peak_of<Type>(raw), scale = o.rt * kLog2e;
+  best.seen = max_nan(best.seen, peak);
+  floor.refresh();
+  const bool hope = !(Draw::one_and(word) > 1.0f + exp2_fast(__fmaf_rn(peak, scale, floor.shift)));
+  if (!__any_sync(0xffffffffu, hope)) return;
+  const float base = peak > negative_infinity() ? fminf(peak, kF32Max) : 0.0f;
+  float sums[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    float x[4];
+    widen_four<Type>(raw[c], x);
+    sums[c] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[c] += exp2_fast((fminf(x[i], kF32Max) - base) * scale);
+  }
+  const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  const float score = noisy(__fadd_rn(warm(base, o), __fmul_rn(log2_fast(sum), kLn2)), word);
+  if (score > best.best) best.best = score, best.id = group;
+  floor.raise(best.best);
+}
+
+// The token of a group, from its logits: lane c holds chunk c % 4's. One warp; ``x``: the token's logit.
+ATTNKIT_DEVICE int choose_inside(float (&four)[4], int group, u64 seed, u64 offset, const RowOptions& o, float& x) {
+  const int chunk = static_cast<int>(lane_id()) & 3;
+  float most = negative_infinity(), to[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four[i] = fminf(four[i], kF32Max), most = fmaxf(most, four[i]);
+  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = sum = __fadd_rn(sum, exp2_fast((four[i] - most) * (o.rt * kLog2e)));
+  float before = 0.0f, all = 0.0f;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if (c == chunk) before = all;
+    all = __fadd_rn(all, __shfl_sync(0xffffffffu, sum, c));
+  }
+  u32 w[4];
+  philox_words(seed, offset, kInside, static_cast<u32>(group), w);
+  const float reach = __fmul_rn(uniform(w[0]), all);
+  int at = 4;
+#pragma unroll
+  for (int i = 3; i >= 0; --i) at = __fadd_rn(before, to[i]) > reach ? i : at;
+  const u32 holder = __ffs(__ballot_sync(0xffffffffu, at < 4)) - 1;
+  x = at == 0 ? four[0] : at == 1 ? four[1] : at == 2 ? four[2] : four[3];
+  x = __shfl_sync(0xffffffffu, x, holder & 31);
+  at = __shfl_sync(0xffffffffu, at, holder & 31);
+  return first_of_group(group) + static_cast<int>(holder & 3) * kChunk + (at & 3);
+}
+
+// A group's chunk c % 4 in lane c, from memory, after penalties.
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void load_chunk(float (&x)[4], const RowPointers& r, const RowOptions& o, int v, int V) {
+  Raw<Type> raw;
+  if (r.logits_wide && v + 4 <= V) {
+    raw = reinterpret_cast<const Raw<Type>*>(r.logits)[v / 4];
+  } else {
+    raw = load_four_guarded<Type>(r.logits, v, V);
+  }
+  widen_four<Type>(raw, x);
+  if constexpr (Penalised) {
+    Extras e;
+    load_extras(e, r, v, V);
+    penalise(x, e, r, o, v, V);
+  }
+}
+
+}  // namespace attnkit::sampling

@@ -1,0 +1,132 @@
+// One read of all logits. The blocks of all rows are dealt out evenly to CTAs and, one by one, to their warps; a lane takes
+// the tokens of its own groups. Without penalties the next block is on its way, in registers, while one is worked on.
+#pragma once
+#include "sample_group_sm90.cuh"
+
+namespace attnkit::sampling {
+
+template <int Type>
+ATTNKIT_DEVICE Raw<Type> load_stream(const char* p) {
+  Raw<Type> r;
+  if constexpr (Type == kF32) {
+    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3]) : "l"(p));
+  } else {
+    asm volatile("ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p));
+  }
+  return r;
+}
+
+// Where a block lies.
+template <int Type>
+struct Spot {
+  int block, b, v;
+  const char* at;  // of this lane
+  bool whole;      // every lane may read all of it at full width
+
+  ATTNKIT_DEVICE Spot(const SampleParams& p, int n, int end) : block(n) {
+    const int from = min(n, end - 1);
+    b = from / p.blocks;
+    v = (from - b * p.blocks) * kBlock;
+    const char* const row = p.logits + b * p.logits_b;
+    at = row + (static_cast<i64>(v) + 4 * static_cast<int>(lane_id())) * (Type == kF32 ? 4 : 2);
+    whole = n < end && v + kBlock <= p.V && (reinterpret_cast<u64>(row) & (Type == kF32 ? 15 : 7)) == 0;
+  }
+  ATTNKIT_DEVICE void load(Raw<Type> (&raw)[4], int piece) const {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) raw[c] = load_stream<Type>(at + (piece * 4 + c) * kChunk * (Type == kF32 ? 4 : 2));
+  }
+};
+
+// What a warp does with a row that it wants: ask for its options, begin, block and its pieces (after penalties; their
+// number in the row and their place in the block), end with the number of blocks of the row that this warp took.
+template <int Type, bool Penalised, class Work>
+ATTNKIT_DEVICE void stream_rows(const SampleParams& p, Work& work) {
+  constexpr int kHeldType = Penalised ? kF32 : Type;
+  const i64 all = static_cast<i64>(p.B) * p.blocks;
+  const int end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
+  const auto wanted = [&](int n) {
+    while (n < end && !work.wants(n / p.blocks)) n += kSampleWarps;
+    return n;
+  };
+  const int start = wanted(static_cast<int>(all * blockIdx.x / gridDim.x) + static_cast<int>(threadIdx.x / 32));
+  if (start >= end) return;
+  Spot<Type> spot(p, start, end);
+  work.ask(spot.b);  // before the queue is full of logits
+  Raw<Type> raw[Penalised ? 1 : 4][4];
+  if (!Penalised && spot.whole) {
+#pragma unroll
+    for (int u = 0; u < 4; ++u) spot.load(raw[Penalised ? 0 : u], u);
+  }
+  work.begin(spot.b);
+  int taken = 0;
+#pragma unroll 1
+  while (true) {
+    const Spot<Type> next(p, wanted(spot.block + kSampleWarps), end);
+    const bool last = next.block >= end;
+    if (!last && next.b != spot.b) work.ask(next.b);
+    const int piece = spot.v / kPiece;
+    if (!Penalised && spot.whole) {
+      work.block(piece / 4);
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        if constexpr (!Penalised) {
+          work.template piece<kHeldType>(raw[u], piece + u, u);
+          if (next.whole) next.load(raw[u], u);
+        }
+      }
+    } else {
+      work.block(piece / 4);
+      const RowPointers r = row_pointers<Type>(p, spot.b);
+#pragma unroll 1
+      for (int u = 0; u < 4; ++u) {
+        const int v = spot.v + u * kPiece + static_cast<int>(lane_id()) * 4;
+        Raw<kHeldType> held[4];
+        work.load(held, r, v);
+        work.template piece<kHeldType>(held, piece + u, u);
+      }
+      if (!Penalised && next.whole) {
+#pragma unroll
+        for (int u = 0; u < 4; ++u) next.load(raw[Penalised ? 0 : u], u);
+      }
+    }
+    ++taken;
+    if (last || next.b != spot.b) {
+      work.end(spot.b, taken);
+      taken = 0;
+      if (last) return;
+      work.begin(next.b);
+    }
+    spot = next;
+  }
+}
+
+// A piece of a row that is read with care: at its end, at odd addresses, or with penalties.
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void load_piece(Raw<Penalised ? kF32 : Type> (&held)[4], const RowPointers& r, const RowOptions& o, int v, int V) {
+  Raw<Type> raw[4];
+  Extras e[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int at = v + c * kChunk;
+    if (r.logits_wide && at + 4 <= V) {
+      raw[c] = load_stream<Type>(r.logits + static_cast<i64>(at) * (Type == kF32 ? 4 : 2));
+    } else {
+      raw[c] = load_four_guarded<Type>(r.logits, at, V);
+    }
+    if constexpr (Penalised) load_extras(e[c], r, at, V);
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if constexpr (Penalised) {
+      float x[4];
+      widen_four<Type>(raw[c], x);
+      penalise(x, e[c], r, o, v + c * kChunk, V);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) held[c].w[i] = __float_as_uint(x[i]);
+    } else {
+      held[c] = raw[c];
+    }
+  }
+}
+
+}  // namespace attnkit::sampling

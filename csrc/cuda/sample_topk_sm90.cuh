@@ -1,0 +1,333 @@
+// top-k up to 128 (with top-p and min-p if they come), in two launches. The first reads all logits once and keeps the
+// largest of each group of 16 tokens, its peak. The second has a CTA for each row: as many tokens as peaks are at or above
+// the k-th largest of 256 larger peaks, so only groups whose peak is can hold one of the k first: some 60 groups for k = 50.
+// Their tokens are read again, ranked, and one is drawn. Where ties leave too many, the k first are counted out.
+#pragma once
+#include "sample_stream_sm90.cuh"
+
+namespace attnkit::sampling {
+
+constexpr int kTopkThreads = 512, kTopkWarps = kTopkThreads / 32;
+constexpr int kBest = 256;        // peaks that are ranked
+constexpr int kCandidates = 512;  // tokens that are ranked, and groups they may come from
+
+// ---- first launch ----
+
+template <int Type, bool Penalised>
+struct PeakWork {
+  const SampleParams& p;
+  RawOptions coming;
+  RowOptions o;
+  float* to = nullptr;
+  int asked = -1;
+  bool wanted = true;
+
+  ATTNKIT_DEVICE explicit PeakWork(const SampleParams& q) : p(q) {}
+  ATTNKIT_DEVICE void ask(int b) { coming = RawOptions(p, b); }
+  ATTNKIT_DEVICE void begin(int b) {
+    o = coming.use();
+    to = p.peaks + static_cast<i64>(b) * p.blocks * (kBlock / 16) + lane_id();
+  }
+  ATTNKIT_DEVICE bool wants(int b) {
+    if (p.listed != 0 && b != asked) wanted = listed_k(p, b) != 0, asked = b;
+    return wanted;
+  }
+  ATTNKIT_DEVICE void block(int) {}
+  ATTNKIT_DEVICE void load(Raw<Penalised ? kF32 : Type> (&held)[4], const RowPointers& r, int v) const {
+    load_piece<Type, Penalised>(held, r, o, v, p.V);
+  }
+  template <int Held>
+  ATTNKIT_DEVICE void piece(const Raw<Held> (&raw)[4], int number, int) {
+    to[number * 32] = peak_of<Held>(raw);
+  }
+  ATTNKIT_DEVICE void end(int, int) {}
+};
+
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void sample_peaks(const SampleParams& p) {
+  wait_for_previous_grid();
+  launch_dependents();
+  PeakWork<Type, Penalised> work(p);
+  stream_rows<Type, Penalised>(p, work);
+}
+
+// ---- second launch ----
+
+// Larger keys come earlier in the order.
+struct alignas(16) Candidate {
+  u64 key, mass;
+  ATTNKIT_DEVICE float logit() const { return order_value(static_cast<u32>(key >> 32)); }
+};
+
+struct TopkShared {
+  Candidate candidates[kCandidates];
+  union {
+    float4 best[kBest / 4];
+    int groups[kCandidates];
+    u32 counted[2][256];
+  };
+  u64 sums[kTopkWarps];
+  float bound, top;
+  int n, n_groups;
+  u32 bin, need, equal;
+};
+
+template <int Type, bool Penalised>
+struct TopkRow {
+  const SampleParams& p;
+  TopkShared& s;
+  const RowPointers& r;
+  const RowOptions& o;
+  float top = 0.0f;  // largest logit after temperature
+  const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
+
+  ATTNKIT_DEVICE void append(float logit, int id) {
+    const int at = atomicAdd(&s.n, 1);
+    const float mass = exp2_fast((logit - top) * kLog2e);
+    if (at < kCandidates) s.candidates[at] = Candidate{pack_best(logit, id), static_cast<u64>(mass * kMassOne)};
+  }
+
+  // The k-th of the pairs of threads' largest peaks; the largest of all. False for a row with NaN or without a token.
+  ATTNKIT_DEVICE bool find_bound(const float4* peaks, int n, u32 k) {
+    float most = negative_infinity();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += 4 * kTopkThreads) {
+      float4 q[4];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        q[u] = i + u * kTopkThreads < n ? peaks[i + u * kTopkThreads] : make_float4(most, most, most, most);
+      }
+#pragma unroll
+      for (int u = 0; u < 4; ++u) most = max_nan(most, max_nan(max_nan(q[u].x, q[u].y), max_nan(q[u].z, q[u].w)));
+    }
+    const bool nan = __syncthreads_or(most != most) != 0;
+    if (nan) return false;
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+    const int mine = static_cast<int>(threadIdx.x) / 2, half = static_cast<int>(threadIdx.x) & 1;
+    reinterpret_cast<float*>(s.best)[mine] = most;
+    __syncthreads();
+    u32 before = 0;
+#pragma unroll 4
+    for (int i = 0; i < kBest / 8; ++i) {
+      const int at = 2 * i + half;
+      const float4 q = s.best[at];
+      before += q.x > most || (q.x == most && 4 * at < mine);
+      before += q.y > most || (q.y == most && 4 * at + 1 < mine);
+      before += q.z > most || (q.z == most && 4 * at + 2 < mine);
+      before += q.w > most || (q.w == most && 4 * at + 3 < mine);
+    }
+    before += __shfl_xor_sync(0xffffffffu, before, 1);
+    if (before == k - 1) s.bound = most;
+    if (before == 0) s.top = most;
+    __syncthreads();
+    top = warm(s.top, o);
+    return top > negative_infinity();
+  }
+
+  // Lists the tokens that are at least ``from`` before temperature. False if there was no room.
+  ATTNKIT_DEVICE bool collect(const float4* peaks, int n, float from) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n; i += kTopkThreads) {
+      const float4 q = peaks[i];
+      if (fmaxf(fmaxf(q.x, q.y), fmaxf(q.z, q.w)) < from) continue;
+      const float x[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (x[j] < from) continue;
+        const int at = atomicAdd(&s.n_groups, 1);
+        if (at < kCandidates) s.groups[at] = 4 * i + j;
+      }
+    }
+    __syncthreads();
+    const int groups = s.n_groups;
+    if (groups > kCandidates) return false;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 4 * groups; i += kTopkThreads) {
+      const int v = first_of_group(s.groups[i / 4]) + i % 4 * kChunk;
+      float x[4];
+      load_chunk<Type, Penalised>(x, r, o, v, p.V);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (x[j] >= from) append(warm(x[j], o), v + j);
+      }
+    }
+    __syncthreads();
+    return s.n <= kCandidates;
+  }
+
+  // ---- any row, slowly ----
+
+  // Sum of x over the threads before this one, and over all.
+  ATTNKIT_DEVICE u32 block_before(u32 x, u32& all) {
+    u32 sum = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_up_sync(0xffffffffu, sum, step);
+      sum += lane >= step ? other : 0;
+    }
+    __syncthreads();
+    if (lane == 31) s.sums[warp] = sum;
+    __syncthreads();
+    all = 0;
+#pragma unroll
+    for (int i = 0; i < kTopkWarps; ++i) {
+      sum += i < warp ? static_cast<u32>(s.sums[i]) : 0;
+      all += static_cast<u32>(s.sums[i]);
+    }
+    return sum - x;
+  }
+
+  // f(logits after temperature, first id) for four tokens a thread; every thread as often.
+  template <class F>
+  ATTNKIT_DEVICE void for_row(F&& f) {
+#pragma unroll 1
+    for (int at = 0; at < p.V; at += 4 * kTopkThreads) {
+      const int v = at + 4 * static_cast<int>(threadIdx.x);
+      float x[4];
+      load_chunk<Type, Penalised>(x, r, o, v, p.V);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = warm(x[i], o);
+      f(x, v);
+    }
+  }
+
+  // Lists exactly the k first.
+  ATTNKIT_DEVICE void count_out(u32 k) {
+    u32 prefix = 0, mask = 0, need = k, all;
+#pragma unroll 1
+    for (int shift = 24; shift >= 0; shift -= 8) {
+      u32* const counted = s.counted[shift / 8 & 1];
+      __syncthreads();
+      if (threadIdx.x < 256) counted[threadIdx.x] = 0;
+      __syncthreads();
+      for_row([&](const float(&l)[4], int v) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const u32 key = order_key(l[i]);
+          if (v + i < p.V && (key & mask) == prefix) atomicAdd(&counted[key >> shift & 255], 1u);
+        }
+      });
+      __syncthreads();
+      const u32 bin = 255 - threadIdx.x, mine = threadIdx.x < 256 ? counted[bin & 255] : 0;
+      const u32 before = block_before(mine, all);
+      if (before < need && before + mine >= need) s.bin = bin, s.need = need - before;
+      __syncthreads();
+      prefix |= s.bin << shift;
+      mask |= 255u << shift;
+      need = s.need;
+    }
+    if (threadIdx.x == 0) s.n = 0;
+    u32 taken = 0;
+    for_row([&](const float(&l)[4], int v) {
+      u32 equal = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) equal += order_key(l[i]) == prefix;
+      u32 at = taken + block_before(equal, all);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const u32 key = order_key(l[i]);
+        if (v + i < p.V && (key > prefix || (key == prefix && at < need))) append(l[i], v + i);
+        at += key == prefix;
+      }
+      taken += all;
+    });
+    __syncthreads();
+  }
+
+  // ---- the draw ----
+
+  // How many candidates precede this thread's (number threadIdx.x / Lanes), and their mass, by Lanes threads together.
+  template <int Lanes>
+  ATTNKIT_DEVICE void rank_one(int n, u64 key, u32& before, u64& mass) const {
+    before = 0, mass = 0;
+#pragma unroll 4
+    for (int j = static_cast<int>(threadIdx.x) % Lanes; j < n; j += Lanes) {
+      const ulonglong2 q = *reinterpret_cast<const ulonglong2*>(&s.candidates[j]);
+      if (q.x > key) mass += q.y, ++before;
+    }
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) {
+      before += __shfl_xor_sync(0xffffffffu, before, step);
+      mass += __shfl_xor_sync(0xffffffffu, mass, step);
+    }
+  }
+
+  // The sum over all threads, below 2^49.
+  ATTNKIT_DEVICE u64 block_sum(u64 x) {
+    const u64 low24 = __reduce_add_sync(0xffffffffu, static_cast<u32>(x) & 0xffffffu);
+    const u64 high = __reduce_add_sync(0xffffffffu, static_cast<u32>(x >> 24));
+    if (lane == 0) s.sums[warp] = low24 + (high << 24);
+    __syncthreads();
+    u64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < kTopkWarps; ++i) sum += s.sums[i];
+    __syncthreads();
+    return sum;
+  }
+
+  // The id drawn among the k first candidates that top-p and min-p let pass, in thread 0.
+  ATTNKIT_DEVICE int draw(u32 k, float share, float least, u64 seed, u64 offset) {
+    const int n = s.n, log = n <= kTopkThreads / 8 ? 3 : n <= kTopkThreads / 4 ? 2 : n <= kTopkThreads / 2 ? 1 : 0;
+    const int i = static_cast<int>(threadIdx.x) >> log;
+    const Candidate mine = s.candidates[min(i, n - 1)];
+    u32 before;
+    u64 heavier;
+    if (log == 3) {
+      rank_one<8>(n, mine.key, before, heavier);
+    } else if (log == 2) {
+      rank_one<4>(n, mine.key, before, heavier);
+    } else if (log == 1) {
+      rank_one<2>(n, mine.key, before, heavier);
+    } else {
+      rank_one<1>(n, mine.key, before, heavier);
+    }
+    const bool is = i < n && (threadIdx.x & ((1 << log) - 1)) == 0 && before < k;
+    u64 best = 0;
+    const int id = best_id(mine.key);
+    if (is && mine.logit() >= least) {
+      u32 w[4];
+      philox_words(seed, offset, kOfTokens, static_cast<u32>(id) >> 2, w);
+      best = pack_best(noisy(mine.logit(), id & 2 ? (id & 1 ? w[3] : w[2]) : (id & 1 ? w[1] : w[0])), id);
+    }
+    if (share < 1.0f) {
+      const double target = static_cast<double>(share) * static_cast<double>(block_sum(is ? mine.mass : 0));
+      if (before != 0 && static_cast<double>(heavier) >= target) best = 0;
+    }
+    best = warp_max(best);
+    if (lane == 0) s.sums[warp] = best;
+    __syncthreads();
+#pragma unroll
+    for (int j = 1; j < kTopkWarps; ++j) best = max(best, s.sums[j]);
+    return best_id(best);
+  }
+};
+
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void sample_topk(const SampleParams& p) {
+  __shared__ TopkShared s;
+  const int b = static_cast<int>(blockIdx.x);
+  if (threadIdx.x == 0) s.n = s.n_groups = 0;
+  wait_for_previous_grid();
+  launch_dependents();
+  const RawOptions raw(p, b);
+  const float share = option(p.top_p, p.top_p_value, b), ratio = option(p.min_p, p.min_p_value, b);
+  const u32 k = listed_k(p, b);
+  if (k == 0) return;
+  const RowOptions o = raw.use();
+  const RowPointers r = row_pointers<Type>(p, b);
+  TopkRow<Type, Penalised> row{p, s, r, o};
+  const int n = p.blocks * (kBlock / 64);
+  const float4* const peaks = reinterpret_cast<const float4*>(p.peaks) + static_cast<i64>(b) * n;
+  if (!row.find_bound(peaks, n, k)) {
+    if (threadIdx.x == 0) p.tokens[b] = 0, p.valid[b] = false;
+    return;
+  }
+  // What lies within rounding of the bound may be equal to it after temperature.
+  const float bound = fminf(fmaxf(s.bound, -kF32Max), kF32Max);
+  if (!row.collect(peaks, n, fmaxf(bound - fabsf(bound) * kRounding, -kF32Max))) row.count_out(k);
+  const float least = ratio > 0.0f ? __fadd_rn(row.top, logf(ratio)) : -kF32Max;
+  const int token = row.draw(k, share, least, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset));
+  if (threadIdx.x == 0) p.tokens[b] = token, p.valid[b] = true;
+}
+
+}  // namespace attnkit::sampling
