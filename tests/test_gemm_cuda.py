@@ -36,7 +36,7 @@ def signature(M: int, N: int, K: int, dtype: torch.dtype = torch.int8) -> GemmSi
 
 
 def test_params_mirror_the_struct():
-    assert struct_of("gemm_sm90.cu", "GemmParams") == [*cuda_gemm.PARAMS.offsets][:2] + [*cuda_gemm.PARAMS.names]
+    assert struct_of("gemm/gemm_sm90.cu", "GemmParams") == [*cuda_gemm.PARAMS.offsets][:2] + [*cuda_gemm.PARAMS.names]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])

@@ -26,7 +26,7 @@ TOKENS = (1, 2, 4, 8, 16, 17, 32, 64)
 
 def test_params_mirror_the_struct():
     fields = gemm_skinny.PARAMS
-    assert struct_of("gemm_skinny_sm90.cu", "SkinnyParams") == [*fields.offsets][:2] + [*fields.names]
+    assert struct_of("gemm/gemm_skinny_sm90.cu", "SkinnyParams") == [*fields.offsets][:2] + [*fields.names]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])

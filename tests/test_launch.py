@@ -179,7 +179,7 @@ def struct_of(source: str, name: str) -> list[str]:
 def test_params_mirror_the_struct():
     """A member added on one side only would shift all behind it."""
     maps = [name for name in decode.PARAMS.offsets if name.endswith("_map")]
-    assert struct_of("decode_sm90.cu", "DecodeParams") == [*maps, *decode.PARAMS.names]
+    assert struct_of("decode/decode_sm90.cu", "DecodeParams") == [*maps, *decode.PARAMS.names]
 
 
 def test_fields_pack_at_their_offsets():

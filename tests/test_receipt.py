@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from perf import receipt, session
+from perf import readme, receipt, session
 
 JUNIT = '<testsuites><testsuite tests="9" failures="{failed}" errors="1" skipped="2"/><testsuite tests="3"/></testsuites>'
 
@@ -179,3 +179,23 @@ def test_a_run_goes_on_from_the_rows_of_the_one_before(tmp_path, monkeypatch):
     three.resume(path)
     three.resume(tmp_path / "missing.json")
     assert not three.rows and not three.engine
+
+
+def test_readme_shows_the_receipts_numbers():
+    text = readme.README.read_text(encoding="utf-8")
+    committed = json.loads(readme.receipt_file().read_text(encoding="utf-8"))
+    assert readme.rewritten(text, committed) == text, "run python -m perf.readme"
+    rows = readme.first_rows(committed)
+    missing = [case for case in readme.SHOWN if case not in rows]
+    assert not missing
+
+
+def test_readmes_means_leave_torch_out():
+    row = {"family": "gemm", "impl": "cuda", "us": 10.0, "bound": "memory", "gbs": 4e3, "tflops": 1, "roof_pct": 90}
+    rows = [
+        {**row, "case": "a", "peers": {"CUTLASS": 20.0, "bf16 linear": 5.0}},
+        {**row, "case": "b", "peers": {"CUTLASS": 5.0}},
+    ]
+    rows += [{**row, "case": "c", "peers": {"torch sort": 1e6}}, {**row, "case": "a", "us": 1e3, "peers": {"CUTLASS": 20.0}}]
+    assert readme._means(readme.first_rows({"rows": rows})) == "1.00 in GEMM and quantising (2 cases, 1 below 1)"
+    assert readme._line("A", rows[0]) == "| A | cuda | 10.0 | 4.00 TB/s | 90% | bf16 linear 5.0 us | 0.50 |"

@@ -426,3 +426,13 @@ def test_case_25_eight_writers_lose_nothing_and_readers_never_see_half(tmp_path)
     assert len(entries) == 160
     assert all(e["config"]["how"] == bucket[1:].split("-")[0] for bucket, e in entries.items())
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_every_space_names_sources_that_are_there():
+    """One that is missing would switch tuned configs off without a word."""
+    from attnkit.shapes import TYPICAL, parse
+
+    kernels = [kernel for op, shape in TYPICAL.items() for kernel in parse(op, shape).kernels()]
+    sources = {source for kernel in kernels if kernel.configs is not None for source in kernel.configs.sources}
+    assert len(sources) > 20
+    assert not [source for source in sources if store.source_hash((source,)) is None]

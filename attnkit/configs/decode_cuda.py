@@ -78,10 +78,10 @@ CUDA = Space(
     candidates,
     bucket,
     sources=(
-        "csrc/cuda/decode_sm90.cuh",
-        "csrc/cuda/decode_wide_sm90.cuh",
-        "csrc/cuda/decode_load.cuh",
-        "csrc/cuda/decode_schedule.cuh",
-        "csrc/cuda/decode_combine.cuh",
+        "csrc/cuda/decode/decode_sm90.cuh",
+        "csrc/cuda/decode/decode_wide_sm90.cuh",
+        "csrc/cuda/decode/decode_load.cuh",
+        "csrc/cuda/decode/decode_schedule.cuh",
+        "csrc/cuda/decode/decode_combine.cuh",
     ),
 )

@@ -108,5 +108,6 @@ def candidates(sig: GemmSig, arch: Arch) -> list[SkinnyConfig]:
 
 CUDA = Space(
     "w8a8_gemm", "cuda_sm90_skinny", SkinnyConfig, default, candidates, bucket,
-    sources=("csrc/cuda/gemm_skinny_sm90.cuh", "csrc/cuda/gemm_epilogue.cuh", "csrc/cuda/wgmma_q8_sm90.cuh"), smem=smem,
+    sources=tuple(f"csrc/cuda/{part}.cuh" for part in ("gemm/gemm_skinny_sm90", "gemm/gemm_epilogue", "common/wgmma_q8_sm90")),
+    smem=smem,
 )  # fmt: skip

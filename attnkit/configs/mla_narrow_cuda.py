@@ -52,5 +52,9 @@ CUDA = Space(
     default,
     candidates,
     decode_bucket,
-    sources=("csrc/cuda/mla_narrow_sm90.cuh", "csrc/cuda/decode_schedule.cuh", "csrc/cuda/decode_combine.cuh"),
+    sources=(
+        "csrc/cuda/mla/mla_narrow_sm90.cuh",
+        "csrc/cuda/decode/decode_schedule.cuh",
+        "csrc/cuda/decode/decode_combine.cuh",
+    ),
 )

@@ -37,5 +37,5 @@ def candidates(sig: Any, arch: Arch) -> list[CudaConfig]:
 
 CUDA = Space(
     "mla_decode", "cuda_sm90_wide", CudaConfig, default, candidates, decode_bucket,
-    sources=tuple(f"csrc/cuda/mla_wide_{part}.cuh" for part in ("sm90", "shared", "scorer", "adder", "schedule", "combine")),
+    sources=tuple(f"csrc/cuda/mla/mla_wide_{p}.cuh" for p in ("sm90", "shared", "scorer", "adder", "schedule", "combine")),
 )  # fmt: skip

@@ -34,7 +34,7 @@ def padded(head: int) -> int:
 
 
 def shared_bytes(sig: AttentionSig | RaggedSig, config: CudaConfig) -> int:
-    """What csrc/cuda/prefill_sm90.cuh's SharedBytes says."""
+    """What csrc/cuda/prefill/prefill_sm90.cuh's SharedBytes says."""
     D, Dv = padded(sig.D), padded(sig.Dv)
     queries = 64 * config.consumers * D * 2
     once = 1024 + 640 + 1024 * 6 + 16 + queries + config.stages * config.block * (D + Dv) * 2
@@ -78,6 +78,7 @@ def ragged_bucket(sig: RaggedSig) -> str:
     return f"H{sig.H}-Hk{sig.Hk}-D{sig.D}-Dv{sig.Dv}-B{pow2(sig.B)}-T{pow2(sig.T)}"
 
 
-SOURCES = tuple(f"csrc/cuda/{name}.cuh" for name in ("prefill_sm90", "prefill_softmax", "prefill_schedule", "wgmma_sm90"))
+PARTS = ("prefill/prefill_sm90", "prefill/prefill_softmax", "prefill/prefill_schedule", "common/wgmma_sm90")
+SOURCES = tuple(f"csrc/cuda/{part}.cuh" for part in PARTS)
 CUDA = Space("paged_prefill", "cuda_sm90", CudaConfig, default, candidates, bucket, sources=SOURCES)
 RAGGED = Space("mla_prefill", "cuda_sm90", CudaConfig, default, candidates, ragged_bucket, sources=SOURCES)

@@ -54,7 +54,7 @@ def slot_bytes(sig: Any) -> int:
 
 
 def shared_bytes(sig: Any, config: CudaConfig) -> int:
-    """The rings and their barriers, as csrc/cuda/quantize_sm90.cuh lays them out."""
+    """The rings and their barriers, as csrc/cuda/quantize/quantize_sm90.cuh lays them out."""
     slots = config.rows * config.slots
     return (slots * 8 + 127) // 128 * 128 + slots * slot_bytes(sig)
 
@@ -139,7 +139,7 @@ def bucket(sig: Sig) -> str:
 
 def _space(op: str) -> Space:
     return Space(
-        op, "cuda_sm90", CudaConfig, default, candidates, bucket, sources=("csrc/cuda/quantize_sm90.cuh",),
+        op, "cuda_sm90", CudaConfig, default, candidates, bucket, sources=("csrc/cuda/quantize/quantize_sm90.cuh",),
         smem=lambda config, sig: shared_bytes(sig, config),
     )  # fmt: skip
 

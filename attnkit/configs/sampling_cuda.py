@@ -33,5 +33,5 @@ def candidates(sig: SampleSig, arch: Arch) -> list[CudaConfig]:
 
 CUDA = Space(
     "sample", "cuda_sm90", CudaConfig, default, candidates, bucket,
-    sources=("csrc/cuda/sample_row_sm90.cuh", "csrc/cuda/sample_stream_sm90.cuh", "csrc/cuda/sample_draw_sm90.cuh"),
+    sources=tuple(f"csrc/cuda/sampling/sample_{part}_sm90.cuh" for part in ("row", "group", "stream", "draw", "topk")),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""write_kv and merge_states through csrc/cuda/cache_sm90.cu."""
+"""write_kv and merge_states through csrc/cuda/cache/cache_sm90.cu."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnkit.dispatch import Kernel, Plan
 from attnkit.signature import MergeSig, WriteSig
 
 THREADS = 256
-#: struct WriteParams and struct MergeParams of csrc/cuda/cache_sm90.cu
+#: struct WriteParams and struct MergeParams of csrc/cuda/cache/cache_sm90.cu
 WRITE_POINTERS = ("k", "v", "k_cache", "v_cache", "slots", "k_scale", "v_scale")
 WRITE_PARAMS = launch.Fields(
     maps=(),

@@ -1,4 +1,4 @@
-"""paged_decode by csrc/cuda/decode*_sm90: one launch on Hopper, split over KV on the device."""
+"""paged_decode by csrc/cuda/decode/decode*_sm90: one launch on Hopper, split over KV on the device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from attnkit.configs.decode_cuda import CUDA, build_of
 from attnkit.dispatch import Kernel
 from attnkit.signature import AttentionSig
 
-#: Mirrors DecodeParams in csrc/cuda/decode_schedule.cuh.
+#: Mirrors DecodeParams in csrc/cuda/decode/decode_schedule.cuh.
 PARAMS = Fields(
     maps=("k_map", "v_map", "q_map"),
     words=(

@@ -1,4 +1,4 @@
-"""w8a8_gemm for few tokens through csrc/cuda/gemm_skinny_sm90.cu: fills the parameter struct, picks the build, launches."""
+"""w8a8_gemm for few tokens by csrc/cuda/gemm/gemm_skinny_sm90.cu: fills the parameter struct, picks the build, launches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnkit.signature import GemmSig
 
 NAME = "attnkit_w8a8_gemm_skinny"
 POINTERS = ("a", "w", "a_scale", "w_scale", "bias", "out")
-#: struct SkinnyParams of csrc/cuda/gemm_skinny_sm90.cuh
+#: struct SkinnyParams of csrc/cuda/gemm/gemm_skinny_sm90.cuh
 PARAMS = launch.Fields(
     maps=("a_map", "w_map"),
     words=(*POINTERS, "out_m"),
@@ -26,7 +26,7 @@ PARAMS = launch.Fields(
     ),
     floats=(),
 )  # fmt: skip
-#: enum Type of csrc/cuda/convert.cuh
+#: enum Type of csrc/cuda/common/convert.cuh
 TYPES = {None: 0, torch.bfloat16: 0, torch.float16: 1, torch.float32: 4}
 #: The next launch may start, and set itself up, while this one still runs; it waits before it reads.
 PROGRAMMATIC = True

@@ -1,4 +1,4 @@
-"""mla_decode by csrc/cuda/mla_narrow_sm90: up to 32 query rows (heads x query tokens) a sequence, on Hopper."""
+"""mla_decode by csrc/cuda/mla/mla_narrow_sm90: up to 32 query rows (heads x query tokens) a sequence, on Hopper."""
 
 from __future__ import annotations
 

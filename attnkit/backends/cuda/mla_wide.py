@@ -1,4 +1,4 @@
-"""mla_decode by csrc/cuda/mla_wide_sm90: more than 32 query rows (heads x query tokens) a sequence, on Hopper."""
+"""mla_decode by csrc/cuda/mla/mla_wide_sm90: more than 32 query rows (heads x query tokens) a sequence, on Hopper."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from attnkit.signature import MlaSig
 
 NAME = "attnkit_mla_decode_wide"
 EACH_CALL = ("q", "kv", "pages", "lens", "sinks", "out", "lse", "partial", "counters")
-#: struct MlaWideParams of csrc/cuda/mla_wide_schedule.cuh
+#: struct MlaWideParams of csrc/cuda/mla/mla_wide_schedule.cuh
 PARAMS = Fields(
     maps=("q_map", "kv_map"),
     words=(*EACH_CALL, "pages_b", "out_b", "out_i", "out_h"),

@@ -1,4 +1,4 @@
-"""paged_prefill through csrc/cuda/prefill_sm90.cu: fills the parameter struct, picks the build, launches.
+"""paged_prefill through csrc/cuda/prefill/prefill_sm90.cu: fills the parameter struct, picks the build, launches.
 
 mla_prefill.py beside this describes keys without pages to the same kernel; prefill_q8.py is the kernel's for 8-bit caches.
 """
@@ -21,7 +21,7 @@ from attnkit.signature import AttentionSig, RaggedSig
 NAME = "attnkit_paged_prefill"
 MOST_SEQUENCES = 1024
 POINTERS = ("q", "k", "v", "pages", "lens", "cu_q", "cu_k", "sinks", "out", "lse", "partial", "counters")
-#: struct PrefillParams of csrc/cuda/prefill_schedule.cuh
+#: struct PrefillParams of csrc/cuda/prefill/prefill_schedule.cuh
 PARAMS = launch.Fields(
     maps=("q_map", "k_map", "v_map"),
     words=(*POINTERS, "k_scale", "v_scale", "pages_b", "out_t", "out_h", "k_scale_h", "v_scale_h"),

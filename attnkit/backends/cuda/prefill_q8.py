@@ -1,4 +1,4 @@
-"""paged_prefill over an 8-bit cache through csrc/cuda/prefill_q8_sm90.cu: the 16-bit kernel behind warps that widen."""
+"""paged_prefill over an 8-bit cache through csrc/cuda/prefill/prefill_q8_sm90.cu: the 16-bit kernel behind warps that widen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _variant(sig: AttentionSig) -> images.Variant:
 
 
 def shared_bytes(D: int, Dv: int) -> int:
-    """What csrc/cuda/prefill_q8_sm90.cuh's SharedBytes says."""
+    """What csrc/cuda/prefill/prefill_q8_sm90.cuh's SharedBytes says."""
     stages, raw = builds.Q8_STAGES[D, Dv]
     rows = 64 * CONSUMERS
     fixed = 1024 + 640 + 1024 * 6 + 16 + 2 * rows * 4

@@ -1,4 +1,4 @@
-"""quantize_per_token, rms_norm_quantize and silu_mul_quantize through csrc/cuda/quantize_sm90.cu."""
+"""quantize_per_token, rms_norm_quantize and silu_mul_quantize through csrc/cuda/quantize/quantize_sm90.cu."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnkit.configs import quantize as configs
 from attnkit.dispatch import Kernel, Plan
 
 POINTERS = ("x", "weight", "residual", "out", "scale")
-#: struct QuantizeParams of csrc/cuda/quantize_sm90.cuh
+#: struct QuantizeParams of csrc/cuda/quantize/quantize_sm90.cuh
 PARAMS = launch.Fields(
     maps=(),
     words=(*POINTERS, "x_row", "residual_row", "out_row"),

@@ -1,4 +1,4 @@
-"""sample through csrc/cuda/sample_*_sm90.cu. For the token: one launch without filters; two for a short top-k, one for
+"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch without filters; two for a short top-k, one for
 other filters, three where tensors leave that open. One more for log-probabilities."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POINTERS = (
     "chosen", "top_ids",
 )  # fmt: skip
 STRIDES = {"counts": 4, "prompt_mask": 1, "logit_bias": 4, "allowed": 4}
-#: struct SampleParams of csrc/cuda/sample_row_sm90.cuh
+#: struct SampleParams of csrc/cuda/sampling/sample_row_sm90.cuh
 PARAMS = launch.Fields(
     maps=(),
     words=(*POINTERS, "logits_b", *(f"{name}_b" for name in STRIDES), "offset_value", "top_k_value"),

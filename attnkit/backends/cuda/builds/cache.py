@@ -6,7 +6,7 @@ from attnkit.backends.cuda.images import Variant, variant
 
 
 def build() -> Variant:
-    return variant("cache_sm90.cu", {})
+    return variant("cache/cache_sm90.cu", {})
 
 
 def shipped() -> list[Variant]:

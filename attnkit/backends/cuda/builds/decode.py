@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from attnkit.backends.cuda.images import Variant, variant
 
-#: Type of a cache, as in csrc/cuda/convert.cuh.
+#: Type of a cache, as in csrc/cuda/common/convert.cuh.
 BF16, F16, E4M3, INT8 = range(4)
 SMEM = 227 * 1024  # bytes of shared memory a multiprocessor gives to blocks, each of which costs 1 KB more
 MAX_STAGES = 16
@@ -14,7 +14,7 @@ MAX_STAGES = 16
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One build of csrc/cuda/decode_sm90.cu (narrow) or decode_wide_sm90.cu: its macros and its shared memory.
+    """One build of csrc/cuda/decode/decode_sm90.cu (narrow) or decode_wide_sm90.cu: its macros and its shared memory.
 
     Mirrors DecodeShape and DecodeWideShape.
     """
@@ -76,7 +76,7 @@ class Build:
 
     @property
     def source(self) -> str:
-        return "decode_wide_sm90.cu" if self.wide else "decode_sm90.cu"
+        return "decode/decode_wide_sm90.cu" if self.wide else "decode/decode_sm90.cu"
 
     @property
     def variant(self) -> Variant:

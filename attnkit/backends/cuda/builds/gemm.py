@@ -13,7 +13,7 @@ MOST_SHARED = 227 * 1024
 
 
 def shared_bytes(block_m: int, block_n: int, stages: int) -> int:
-    """What csrc/cuda/gemm_sm90.cuh's SharedBytes says."""
+    """What csrc/cuda/gemm/gemm_sm90.cuh's SharedBytes says."""
     staging, scales = 128 * block_m, 16 * block_n
     return 1024 + stages * (block_m + block_n) * 128 + staging + scales + 256
 
@@ -29,7 +29,7 @@ def parts(int8: bool, block_n: int) -> int:
 
 
 def build(int8: bool, block_m: int, block_n: int, turns: bool = False) -> Variant:
-    """One build of csrc/cuda/gemm_sm90.cu: GemmShape's parameters."""
+    """One build of csrc/cuda/gemm/gemm_sm90.cu: GemmShape's parameters."""
     values = {
         "INT8": int(int8),
         "CONSUMERS": block_m // 64,
@@ -38,7 +38,7 @@ def build(int8: bool, block_m: int, block_n: int, turns: bool = False) -> Varian
         "TURNS": int(turns),
         "PARTS": parts(int8, block_n),
     }
-    return variant("gemm_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+    return variant("gemm/gemm_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 def shipped() -> list[Variant]:

@@ -8,14 +8,16 @@ from attnkit.backends.cuda.images import Variant, variant
 PLANES = {64: 2, 96: 2, 128: 2, 160: 1, 224: 1}
 WIDTHS = tuple(PLANES)
 MOST_TOKENS = 64
-#: Sizes of csrc/cuda/gemm_skinny_sm90.cuh (SkinnyShape).
+#: Sizes of csrc/cuda/gemm/gemm_skinny_sm90.cuh (SkinnyShape).
 THREADS = 288
 MOST_STAGES = 32
 MOST_SHARED = 227 * 1024
 
 
 def build(int8: bool, block_n: int) -> Variant:
-    return variant("gemm_skinny_sm90.cu", {"ATTNKIT_INT8": int(int8), "ATTNKIT_BN": block_n, "ATTNKIT_PLANES": PLANES[block_n]})
+    return variant(
+        "gemm/gemm_skinny_sm90.cu", {"ATTNKIT_INT8": int(int8), "ATTNKIT_BN": block_n, "ATTNKIT_PLANES": PLANES[block_n]}
+    )
 
 
 def most_ctas(int8: bool, block_n: int) -> int:

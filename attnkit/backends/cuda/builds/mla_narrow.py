@@ -15,7 +15,7 @@ FP8_ROW = 656  # bytes of a token in an fp8 cache
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One build of csrc/cuda/mla_narrow_sm90.cu; mirrors MlaShape."""
+    """One build of csrc/cuda/mla/mla_narrow_sm90.cu; mirrors MlaShape."""
 
     C: int
     R: int
@@ -47,7 +47,7 @@ class Build:
     def variant(self) -> Variant:
         values = {"C": self.C, "R": self.R, "BF16": int(self.bf16), "NR": self.NR, "STAGES": self.stages}
         values["ROPES"] = self.stages
-        return variant("mla_narrow_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+        return variant("mla/mla_narrow_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
     @property
     def kernel(self) -> str:
@@ -56,7 +56,7 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Build:
-    """One build of csrc/cuda/mla_narrow_fp8_sm90.cu; mirrors MlaFp8Shape."""
+    """One build of csrc/cuda/mla/mla_narrow_fp8_sm90.cu; mirrors MlaFp8Shape."""
 
     NR: int
 
@@ -83,7 +83,7 @@ class Fp8Build:
 
     @property
     def variant(self) -> Variant:
-        return variant("mla_narrow_fp8_sm90.cu", {"ATTNKIT_NR": self.NR, "ATTNKIT_STAGES": self.stages})
+        return variant("mla/mla_narrow_fp8_sm90.cu", {"ATTNKIT_NR": self.NR, "ATTNKIT_STAGES": self.stages})
 
     @property
     def kernel(self) -> str:

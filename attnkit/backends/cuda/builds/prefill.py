@@ -6,15 +6,15 @@ from attnkit.backends.cuda.images import Variant, variant
 
 
 def build(D: int, Dv: int, bf16: bool, consumers: int, block: int, stages: int, loaders: int) -> Variant:
-    """One build of csrc/cuda/prefill_sm90.cu: PrefillShape's parameters."""
+    """One build of csrc/cuda/prefill/prefill_sm90.cu: PrefillShape's parameters."""
     values = {"D": D, "DV": Dv, "BF16": int(bf16), "CONSUMERS": consumers, "BN": block, "STAGES": stages, "LOADERS": loaders}
-    return variant("prefill_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+    return variant("prefill/prefill_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 def build_q8(D: int, Dv: int, bf16: bool, int8: bool, stages: int, raw: int) -> Variant:
-    """One build of csrc/cuda/prefill_q8_sm90.cu: PrefillQ8Shape's parameters (KV as in convert.cuh)."""
+    """One build of csrc/cuda/prefill/prefill_q8_sm90.cu: PrefillQ8Shape's parameters (KV as in convert.cuh)."""
     values = {"D": D, "DV": Dv, "BF16": int(bf16), "KV": 3 if int8 else 2, "STAGES": stages, "RAW": raw}
-    return variant("prefill_q8_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+    return variant("prefill/prefill_q8_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 #: Head sizes an 8-bit cache is served at, with stages of widened tiles and of raw ones.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnkit.backends.cuda.images import Variant, variant
 
-#: enum Form of csrc/cuda/quantize_sm90.cuh, and enum Type of convert.cuh.
+#: enum Form of csrc/cuda/quantize/quantize_sm90.cuh, and enum Type of convert.cuh.
 PLAIN, RMS_NORM, SILU_MUL = 0, 1, 2
 BF16, F16, F32 = 0, 1, 4
 #: Values that are loaded, kept and stored together.
@@ -12,7 +12,7 @@ CHUNK = 8
 
 
 def build(form: int, type_code: int) -> Variant:
-    return variant("quantize_sm90.cu", {"ATTNKIT_FORM": form, "ATTNKIT_X": type_code})
+    return variant("quantize/quantize_sm90.cu", {"ATTNKIT_FORM": form, "ATTNKIT_X": type_code})
 
 
 def chunks(form: int, type_code: int, streamed: bool = False) -> tuple[int, ...]:

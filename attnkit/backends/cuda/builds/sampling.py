@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnkit.backends.cuda.images import Variant, variant
 
-#: Types of logits, as in csrc/cuda/convert.cuh.
+#: Types of logits, as in csrc/cuda/common/convert.cuh.
 BF16, F16, F32 = 0, 1, 4
 THREADS = 256
 TILE = 4 * THREADS
@@ -14,7 +14,7 @@ GROUP = 16
 #: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
 STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
-#: sizeof(FilterShared) in csrc/cuda/sample_filter_sm90.cuh; the slice of the row follows it.
+#: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
 SORT_BYTES = 512 * 16
@@ -27,16 +27,16 @@ MOST_SLICE_TILES = (227 * 1024 - FIXED_BYTES) // (4 * TILE)
 
 
 def draw(kind: int, penalised: bool, greedy: bool) -> Variant:
-    """csrc/cuda/sample_draw_sm90.cu: greedy and plain temperature."""
+    """csrc/cuda/sampling/sample_draw_sm90.cu: greedy and plain temperature."""
     values = {"TYPE": kind, "PENALISED": int(penalised), "GREEDY": int(greedy), "CTAS": STREAM_CTAS}
-    return variant("sample_draw_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+    return variant("sampling/sample_draw_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
-    """csrc/cuda/sample_topk_sm90.cuh's two kernels: top-k up to MOST_LISTED, top-p and min-p with it."""
+    """csrc/cuda/sampling/sample_topk_sm90.cuh's two kernels: top-k up to MOST_LISTED, top-p and min-p with it."""
     values = {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)}
-    first = variant("sample_peaks_sm90.cu", values | {"ATTNKIT_CTAS": STREAM_CTAS})
-    return first, variant("sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
+    first = variant("sampling/sample_peaks_sm90.cu", values | {"ATTNKIT_CTAS": STREAM_CTAS})
+    return first, variant("sampling/sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
 
 
 def peak_bytes(B: int, V: int) -> int:
@@ -44,15 +44,15 @@ def peak_bytes(B: int, V: int) -> int:
 
 
 def filters(kind: int, penalised: bool, ctas: int) -> Variant:
-    """csrc/cuda/sample_filter_sm90.cu: top-p and min-p alone, longer top-k."""
+    """csrc/cuda/sampling/sample_filter_sm90.cu: top-p and min-p alone, longer top-k."""
     values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": ctas}
-    return variant("sample_filter_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+    return variant("sampling/sample_filter_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 def logprobs(kind: int, ctas: int) -> Variant:
-    """csrc/cuda/sample_logprobs_sm90.cu."""
+    """csrc/cuda/sampling/sample_logprobs_sm90.cu."""
     values = {"TYPE": kind, "CTAS": ctas}
-    return variant("sample_logprobs_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+    return variant("sampling/sample_logprobs_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 def cluster(V: int) -> tuple[int, int]:

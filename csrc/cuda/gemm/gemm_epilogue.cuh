@@ -1,6 +1,6 @@
 // What comes after a W8A8 product: sums times both scales, plus bias, rounded once, in whole lines to memory.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 
 namespace attnkit {
 

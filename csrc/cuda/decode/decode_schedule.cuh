@@ -5,7 +5,7 @@
 // CTA has more than one tile more than another, and a CTA cuts at most the first and the last head it meets
 // (stream-K). Batch-invariant: the cuts lie at multiples of a chunk that follows from a sequence's own length.
 #pragma once
-#include "ptx_sm90.cuh"
+#include "../common/ptx_sm90.cuh"
 
 namespace attnkit {
 

@@ -6,7 +6,7 @@
 // O^T = V^T P^T. Warps keep their own running maximum and meet once a piece. Pieces of one head that lie in
 // several CTAs meet in a workspace; the CTA that arrives last adds them up in a fixed order.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 #include "decode_combine.cuh"
 #include "decode_load.cuh"
 

@@ -8,7 +8,7 @@
 // their own: nothing but TMA ever writes to the ring.
 #pragma once
 #include "gemm_epilogue.cuh"
-#include "wgmma_q8_sm90.cuh"
+#include "../common/wgmma_q8_sm90.cuh"
 
 namespace attnkit {
 

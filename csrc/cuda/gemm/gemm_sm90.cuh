@@ -6,7 +6,7 @@
 // of K each and meet in shared memory, in a fixed order.
 #pragma once
 #include "gemm_epilogue.cuh"
-#include "wgmma_q8_sm90.cuh"
+#include "../common/wgmma_q8_sm90.cuh"
 
 namespace attnkit {
 

@@ -6,7 +6,7 @@
 // sequence that the next group finishes, so whoever has to wait for a piece waits for one that is done early, and by
 // a CTA with a lower index.
 #pragma once
-#include "ptx_sm90.cuh"
+#include "../common/ptx_sm90.cuh"
 
 namespace attnkit {
 

@@ -1,6 +1,6 @@
 // Where the pieces of one head meet: partial sums in a workspace, added up by the CTA that arrives last.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 #include "decode_schedule.cuh"
 
 namespace attnkit {

@@ -4,7 +4,7 @@
 // read once. At two bytes in and one out a multiprocessor has about 15 instructions for a value before they, and not memory,
 // are the limit: so addresses advance by additions, and a value costs one product and one rounding where that is exact.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 
 namespace attnkit {
 

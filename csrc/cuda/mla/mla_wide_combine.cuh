@@ -9,7 +9,7 @@
 // All of this runs once a launch, so its instructions come from L2: loops are not unrolled further than loads in flight
 // ask for.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 #include "mla_wide_schedule.cuh"
 
 namespace attnkit {

@@ -3,10 +3,10 @@
 // rows, which mma.sync would have to do once for each 16. 16-bit caches only: wgmma takes no 8-bit operand
 // beside a 16-bit one.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 #include "decode_combine.cuh"
 #include "decode_load.cuh"
-#include "wgmma_sm90.cuh"
+#include "../common/wgmma_sm90.cuh"
 
 namespace attnkit {
 

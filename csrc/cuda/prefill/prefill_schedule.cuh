@@ -5,7 +5,7 @@
 // the last shared cache together. Where tiles are few, each is cut into pieces over its keys, and each piece is an
 // item of the line; cut sequences are the first in it.
 #pragma once
-#include "ptx_sm90.cuh"
+#include "../common/ptx_sm90.cuh"
 
 namespace attnkit {
 

@@ -3,7 +3,7 @@
 // A thread of a warpgroup holds two rows of 64 (rows lane / 4 and lane / 4 + 8 of its warp's 16); scores[4 i + 2 r + e] is
 // row r's column 8 i + 2 (lane % 4) + e.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 
 namespace attnkit {
 

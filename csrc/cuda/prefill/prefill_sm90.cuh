@@ -7,10 +7,10 @@
 // A persistent grid takes work from a counter; the blocks of one item follow those of the one before without a
 // gap: the next item's first product is issued before this item's output is written.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 #include "prefill_schedule.cuh"
 #include "prefill_softmax.cuh"
-#include "wgmma_sm90.cuh"
+#include "../common/wgmma_sm90.cuh"
 
 namespace attnkit {
 

@@ -1,7 +1,7 @@
 // The products of mla_wide_sm90.cuh: scores with q in registers, and values read transposed for all of a warpgroup's
 // columns at once. The register lists are long and regular; nothing else lives here.
 #pragma once
-#include "wgmma_sm90.cuh"
+#include "../common/wgmma_sm90.cuh"
 
 namespace attnkit {
 

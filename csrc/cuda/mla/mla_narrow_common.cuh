@@ -1,9 +1,9 @@
 // What the builds of the latent decode kernel for few rows share: the rows' softmax, the output, and how pieces meet.
 #pragma once
-#include "convert.cuh"
-#include "decode_combine.cuh"
-#include "decode_schedule.cuh"
-#include "wgmma_sm90.cuh"
+#include "../common/convert.cuh"
+#include "../decode/decode_combine.cuh"
+#include "../decode/decode_schedule.cuh"
+#include "../common/wgmma_sm90.cuh"
 
 namespace attnkit {
 

@@ -2,7 +2,7 @@
 // and the noise: Philox4x32-10 (Salmon et al., SC 2011) keyed by seed, counted by token or group of tokens and by offset,
 // then Gumbel-max. attnkit/reference.py says which row draws how.
 #pragma once
-#include "convert.cuh"
+#include "../common/convert.cuh"
 
 namespace attnkit::sampling {
 
