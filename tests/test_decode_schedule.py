@@ -103,7 +103,7 @@ def build(folder, *parts: str):
 
 @pytest.fixture(scope="module")
 def walker(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("walker"), SHIM, source("decode_schedule.cuh"), "using namespace attnkit;", MAIN)
+    return build(tmp_path_factory.mktemp("walker"), SHIM, source("decode/decode_schedule.cuh"), "using namespace attnkit;", MAIN)
 
 
 def pieces(walker, lens, *, ctas=264, least=1, invariant=0, chunk=(8, 64), heads=8, blocks=1, window=0, Q=1, capacity=1 << 20):
@@ -177,7 +177,7 @@ def test_invariant_cuts_do_not_depend_on_the_batch(walker):
 
 
 def test_partial_sums_add_up(tmp_path):
-    text = source("decode_combine.cuh")
+    text = source("decode/decode_combine.cuh")
     running = text[text.index("struct Running") : text.index("// Where the rows of one piece go.")]
     program = build(tmp_path, SHIM, running, RUNNING)
     rng = np.random.default_rng(1)
