@@ -103,7 +103,9 @@ def build(folder, *parts: str):
 
 @pytest.fixture(scope="module")
 def walker(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("walker"), SHIM, source("decode/decode_schedule.cuh"), "using namespace attnkit;", MAIN)
+    return build(
+        tmp_path_factory.mktemp("walker"), SHIM, source("decode/decode_schedule.cuh"), "using namespace attnkit;", MAIN
+    )
 
 
 def pieces(walker, lens, *, ctas=264, least=1, invariant=0, chunk=(8, 64), heads=8, blocks=1, window=0, Q=1, capacity=1 << 20):
