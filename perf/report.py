@@ -98,14 +98,16 @@ def _label(value: float) -> str:
 
 
 def _marker(shape: int, x: float, y: float, r: float) -> str:
-    """Peers are told apart by shape: diamond, square, triangle, upside-down triangle."""
-    points = (
+    """Peers are told apart by shape: diamond, square, triangle, upside-down triangle, hexagon, hourglass."""
+    shapes = (
         ((0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)),
         ((-1, -1), (1, -1), (1, 1), (-1, 1)),
         ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)),
         ((0, 1.2), (1.15, -0.9), (-1.15, -0.9)),
-    )[shape % 4]
-    return " ".join(f"{x + a * r:.1f},{y + b * r:.1f}" for a, b in points)
+        ((-0.6, -1.1), (0.6, -1.1), (1.2, 0), (0.6, 1.1), (-0.6, 1.1), (-1.2, 0)),
+        ((-1, -1.1), (1, -1.1), (-1, 1.1), (1, 1.1)),
+    )
+    return " ".join(f"{x + a * r:.1f},{y + b * r:.1f}" for a, b in shapes[shape % len(shapes)])
 
 
 def _roofs(roofs: dict[str, float], rows: list[Row], sx: Scale, sy: Scale) -> list[str]:
@@ -118,11 +120,15 @@ def _roofs(roofs: dict[str, float], rows: list[Row], sx: Scale, sy: Scale) -> li
     top = max(kinds.values())
     left = max(10**sx.low, 10**sy.low / read)
     out = [f'<polyline class="roof" points="{sx(left):.1f},{sy(read * left):.1f} {sx(top / read):.1f},{sy(top):.1f}"/>']
-    levels = sorted(kinds.items(), key=lambda item: item[1])
+    by_level: dict[float, list[str]] = {}
+    for kind, level in kinds.items():  # kinds of one rate share a line and its label
+        by_level.setdefault(next((known for known in by_level if abs(known / level - 1) < 0.05), level), []).append(kind)
+    levels = sorted((" and ".join(names), level) for level, names in by_level.items())
+    levels.sort(key=lambda item: item[1])
     for kind, level in levels:
         out.append(f'<polyline class="roof" points="{sx(level / read):.1f},{sy(level):.1f} {sx(right):.1f},{sy(level):.1f}"/>')
         out.append(
-            f'<text x="{sx(right) - 4:.1f}" y="{sy(level) - 6:.1f}" text-anchor="end">{kind} {level:,.3g} TFLOP/s</text>'
+            f'<text x="{sx(right) - 4:.1f}" y="{sy(level) - 6:.1f}" text-anchor="end">{kind} {level:,.0f} TFLOP/s</text>'
         )
     middle = 10 ** ((math.log10(left) + math.log10(levels[0][1] / read)) / 2)
     angle = -math.degrees(math.atan2(sy(read * left) - sy(top), sx(top / read) - sx(left)))
@@ -315,13 +321,15 @@ def page(new: dict[str, Any], old: dict[str, Any] | None = None, old_name: str =
     families = [f for f in FAMILIES if any(r["family"] == f for r in rows)]
     families += sorted({r["family"] for r in rows} - set(families))
     ranks = {"cuda": 0, "triton": 1, "cpu": 2}
-    impls = sorted({r["impl"] for r in rows}, key=lambda k: (ranks.get(k.split("_")[0], 3), k))
-    colours = {impl: min(i, 4) + 1 for i, impl in enumerate(impls)}
-    shapes = {peer: i for i, peer in enumerate(dict.fromkeys(p for r in rows for p in r["peers"]))}
     sections = []
     for family in families:
         mine = [(i, r) for i, r in enumerate(rows) if r["family"] == family]
         plain = [r for _, r in mine]
+        impls = sorted({r["impl"] for r in plain}, key=lambda k: (ranks.get(k.split("_")[0], 3), k))
+        colours = {
+            impl: min(i, 4) + 1 for i, impl in enumerate(impls)
+        }  # a plot's own: it has fewer kernels than there are colours
+        shapes = {peer: i for i, peer in enumerate(dict.fromkeys(p for r in plain for p in r["peers"]))}
         plot = _plot(mine, new.get("roofs") or {}, colours, shapes)
         sections.append(
             f'<section id="{family}"><h2>{FAMILIES.get(family, family)}</h2>{_legend(plain, colours, shapes)}{plot}</section>'
