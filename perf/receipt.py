@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -72,6 +73,7 @@ def counts(files: Sequence[Path]) -> dict[str, int]:
 #: What perf/sanitize.py leaves beside run.json.
 SANITIZER = "sanitizer.json"
 STEPS = ("sanitizer", "tests", "perf")
+STRESS = "tests/test_stress.py"
 
 
 def run_steps(steps: Sequence[str], first: bool = False) -> None:
@@ -85,8 +87,11 @@ def run_steps(steps: Sequence[str], first: bool = False) -> None:
     if "sanitizer" in steps:
         print("receipt: compute-sanitizer", flush=True)
         subprocess.run([sys.executable, "-m", "perf.sanitize"], cwd=ROOT)  # what it found is in its file
-    if "tests" in steps:  # most of their time is compilation
-        _pytest("tests", ["tests", "-m", "gpu", "-n", "6", "--dist", "worksteal"])
+    if "tests" in steps:  # most of their time is compilation; stress is long, and apart so that it can be cut off alone
+        workers = str(max(1, min(12, (os.cpu_count() or 4) - 2)))
+        common = ["-m", "gpu", "-n", workers, "--dist", "worksteal"]
+        _pytest("tests", ["tests", "--ignore", STRESS, *common])
+        _pytest("stress", [STRESS, *common])
     if "perf" in steps:
         for path in sorted((ROOT / "perf").glob("bench_*.py")):
             options = ["--benchmark", "--append", *(["--first"] if first else [])]
@@ -94,7 +99,7 @@ def run_steps(steps: Sequence[str], first: bool = False) -> None:
 
 
 #: The files under perf/out that each step makes.
-PRODUCED = {"sanitizer": (SANITIZER,), "tests": ("tests.xml",), "perf": ("perf-*.xml", "run.json")}
+PRODUCED = {"sanitizer": (SANITIZER,), "tests": ("tests.xml", "stress.xml"), "perf": ("perf-*.xml", "run.json")}
 
 
 def _pytest(name: str, arguments: Sequence[str]) -> None:

@@ -155,6 +155,9 @@ def test_steps_clear_and_run_what_was_asked_for(tmp_path, monkeypatch):
     files = [arguments[1] for arguments in ran]
     assert len(files) >= 6 and all(f.startswith("perf/bench_") for f in files)
     assert all({"--benchmark", "--append", "--first"} <= set(arguments) for arguments in ran)
+    ran.clear()
+    receipt.run_steps(["tests"])
+    assert [arguments[1] for arguments in ran] == ["tests", receipt.STRESS] and all("gpu" in arguments for arguments in ran)
     monkeypatch.setattr(receipt.subprocess, "run", lambda command, cwd: SimpleNamespace(returncode=-11))
     with pytest.raises(receipt.Refused, match="ended with -11"):
         receipt.run_steps(["tests"])
