@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ import attnkit
 from attnkit import arch, dispatch, gemm, reference
 from attnkit.arch import Arch
 from attnkit.backends.cuda import gemm as cuda_gemm
-from attnkit.backends.cuda import images
 from attnkit.backends.cuda.builds import gemm as builds
 from attnkit.configs import gemm_cuda
 from attnkit.configs.gemm_cuda import CLUSTERS, CudaConfig
@@ -21,7 +19,7 @@ from attnkit.signature import GemmSig
 from perf.cases import LLAMA_8B, LLAMA_70B, QWEN_7B
 from tests.close import assert_close
 from tests.test_gemm import operand
-from tests.test_launch import NVCC, needs_nvcc, struct_of
+from tests.test_launch import needs_nvcc, ptxas_report, struct_of
 
 H200 = Arch("nvidia-h200", 90, 132, 227 * 1024, 60 << 20)
 DTYPES = (torch.int8, torch.float8_e4m3fn)
@@ -71,11 +69,7 @@ def test_more_rows_are_never_expected_to_be_cheaper(shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("build", builds.shipped(), ids=lambda v: v.label)
 def test_builds_compile_without_spills_or_serialised_products(build, tmp_path):
-    command = [NVCC, "-cubin", *images.options(build), "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v",
-               str(images.source_dir() / build.source), "-o", str(tmp_path / "kernel.cubin")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    report = done.stdout + done.stderr
-    assert done.returncode == 0, report
+    report = ptxas_report(build, tmp_path)
     assert "C7510" not in report and "C7508" not in report, report
     # the widest keep a few words of a tile's bookkeeping on the stack, outside the loop over K
     assert int(re.search(r"(\d+) bytes stack frame", report)[1]) <= (

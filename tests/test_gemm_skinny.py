@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -11,13 +10,13 @@ import torch
 
 import attnkit
 from attnkit import arch, dispatch, gemm
-from attnkit.backends.cuda import gemm_skinny, images
+from attnkit.backends.cuda import gemm_skinny
 from attnkit.backends.cuda.builds import gemm_skinny as builds
 from attnkit.configs import gemm_skinny as configs
 from attnkit.configs.gemm_skinny import SkinnyConfig
 from perf.cases import LLAMA_8B, LLAMA_70B, QWEN_7B
 from tests.test_gemm_cuda import DTYPES, H200, close, inputs, signature
-from tests.test_launch import NVCC, needs_nvcc, struct_of
+from tests.test_launch import needs_nvcc, ptxas_report, struct_of
 
 NAME = "cuda_sm90_skinny"
 LAYERS = [*QWEN_7B, *LLAMA_8B, *LLAMA_70B]
@@ -81,11 +80,7 @@ def test_a_config_without_a_build_or_room_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("build", builds.shipped(), ids=lambda v: v.label)
 def test_builds_compile_without_spills_or_serialised_products(build, tmp_path):
-    command = [NVCC, "-cubin", *images.options(build), "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v",
-               str(images.source_dir() / build.source), "-o", str(tmp_path / "kernel.cubin")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    report = done.stdout + done.stderr
-    assert done.returncode == 0, report
+    report = ptxas_report(build, tmp_path)
     assert "C7510" not in report and "C7508" not in report, report
     assert re.search(r"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report), report
     macros = dict(build.macros)

@@ -33,6 +33,15 @@ RARE = [
 ]
 
 
+def ptxas_report(v: images.Variant, folder) -> str:
+    """What the compiler says of a build: registers, stack, spills, and products it had to put in order."""
+    command = [NVCC, "-cubin", *images.options(v), "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v",
+               str(images.source_dir() / v.source), "-o", str(folder / "kernel.cubin")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 def label(build: builds.Build) -> str:
     return build.variant.label
 
@@ -211,11 +220,7 @@ def test_every_build_fits_shared_memory():
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [*BUILDS, *RARE], ids=label)
 def test_builds_compile_for_sm_90a_without_spills(build, tmp_path):
-    command = [NVCC, "-cubin", *images.options(build.variant), "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v",
-               str(images.source_dir() / build.source), "-o", str(tmp_path / "kernel.cubin")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = done.stdout + done.stderr
+    report = ptxas_report(build.variant, tmp_path)
     stack, stores, loads = map(
         int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
     )
