@@ -45,6 +45,7 @@ def cases() -> Iterator[tuple[Any, str]]:
         Prefill(B=3, L=lens, Hq=8, Hkv=2),
         Prefill(B=2, n=16, L=(1500, 900), Hq=8, Hkv=1),
         Prefill(B=3, L=lens, Hq=4, Hkv=4, D=64, softcap=20.0, sinks=True),
+        *(Prefill(B=3, L=lens, Hq=8, Hkv=2, kv=kv) for kv in ("fp8", "int8")),
         MlaDecode(B=3, L=lens, H=16),
         MlaDecode(B=3, L=lens, H=128),
         MlaPrefill(B=2, L=130, H=2),
