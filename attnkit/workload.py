@@ -225,10 +225,11 @@ class Quantize(Case):
         return sized(self, M=min(self.M, 17), K=min(self.K, 200))
 
     def error(self, x: Inputs, out: Any = None) -> float:
+        """``out``: a peer's (values, scale)."""
         rows = sample_rows(self.M, 256, x["x"].device)
-        values, scale = reference.quantize_per_token(x["x"][rows], DTYPES[self.dtype])
-        ours = x["out"][rows].float() * x["scale"][rows, None]
-        return relative_error(ours, values.float() * scale[:, None])
+        values, scale = out if isinstance(out, tuple) else (x["out"], x["scale"])
+        want, want_scale = reference.quantize_per_token(x["x"][rows], DTYPES[self.dtype])
+        return relative_error(values[rows].float() * scale[rows].view(-1, 1), want.float() * want_scale[:, None])
 
     @property
     def limit(self) -> float:
