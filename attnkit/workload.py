@@ -276,6 +276,7 @@ class Sample(Case):
     top_p: float = 1.0
     min_p: float = 0.0
     penalties: bool = False
+    logprobs: int | None = None
 
     def letters(self) -> list[str]:
         on = [f"k{self.top_k}"] if self.top_k else []
@@ -284,6 +285,7 @@ class Sample(Case):
         on += ["penalties"] if self.penalties else []
         if not on:
             on = ["temperature" if self.temperature else "greedy"]
+        on += [] if self.logprobs is None else [f"logprobs{self.logprobs}"]
         return [f"B{self.B}", f"V{self.V}", *on, self.dtype]
 
     def kernels(self) -> tuple[Kernel, ...]:
@@ -313,11 +315,13 @@ class Sample(Case):
 
     def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
         logits, rest = x["logits"], {k: v for k, v in x.items() if k not in ("logits", TRUTH)}
+        rest["logprobs"] = self.logprobs
         return lambda: sampling.sample(logits, **rest, impl=impl, config=config).tokens
 
     def cost(self) -> Cost:
         base = sampling.cost(self.B, self.V, DTYPES[self.dtype].itemsize)
-        return base + Cost(0, 4.0 * self.B * self.V if self.penalties else 0.0)
+        base += Cost(0, 4.0 * self.B * self.V if self.penalties else 0.0)
+        return base if self.logprobs is None else base + sampling.cost(self.B, self.V, DTYPES[self.dtype].itemsize)
 
     def small(self) -> Sample:
         return sized(self, B=min(self.B, 3), V=min(self.V, 1003), top_k=min(self.top_k, 40))

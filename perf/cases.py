@@ -85,6 +85,9 @@ def _mla() -> list[Case]:
         MlaDecode(B=32, L=4096, H=128, S=128),
         MlaDecode(B=32, L=4096, H=16, C=256),
     ]
+    decode += [
+        MlaDecode(B=B, L=L, H=H, Q=Q, kv="fp8") for B, L, H, Q in ((64, 8192, 128, 2), (1, 8192, 128, 1), (32, 4096, 64, 1))
+    ]
     return [*decode, MlaPrefill(B=1, L=8192, H=16), MlaPrefill(B=16, L=1024, H=16)]
 
 
@@ -137,6 +140,7 @@ def _sampling() -> list[Case]:
         Sample(B=128, V=131072, top_k=50, top_p=0.9, dtype="bf16"),
         Sample(B=128, V=32000, top_k=50, top_p=0.9),
         Sample(B=64, V=256000, top_k=50, top_p=0.9),
+        Sample(B=32, V=131072, top_k=50, top_p=0.9, logprobs=5),
     ]
     plain = [Sample(B=B, V=131072, temperature=t) for t in (0.8, 0.0) for B in (1, 128, 256)]
     return [*usual, *others, *plain, Sample(B=256, V=131072, dtype="bf16")]

@@ -48,6 +48,7 @@ def cases() -> Iterator[tuple[Any, str]]:
         *(Prefill(B=3, L=lens, Hq=8, Hkv=2, kv=kv) for kv in ("fp8", "int8")),
         MlaDecode(B=3, L=lens, H=16),
         MlaDecode(B=3, L=lens, H=128),
+        *(MlaDecode(B=3, L=lens, H=H, kv="fp8") for H in (16, 64, 128)),
         MlaPrefill(B=2, L=130, H=2),
         *(Gemm(M=M, N=520, K=512, dtype=kind, bias=True) for M in (5, 70, 300) for kind in ("int8", "fp8")),
         *(Gemm(M=64, N=520, K=2048, dtype=kind, bias=True) for kind in ("int8", "fp8")),
@@ -56,6 +57,7 @@ def cases() -> Iterator[tuple[Any, str]]:
         Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
         Sample(B=3, V=32003, dtype="bf16"),
         Sample(B=3, V=32003, temperature=0.0),
+        Sample(B=3, V=32003, top_k=300, logprobs=5),
         *(WriteKv(T=19, Hkv=3, kv=kv) for kv in ("", "fp8", "int8")),
         Merge(T=5, Hq=3),
     ]

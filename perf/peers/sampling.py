@@ -11,7 +11,7 @@ from perf.peers.base import Call, module, need
 
 def flashinfer_sampling(case: Sample, x: Inputs) -> Call:
     fi = module("flashinfer")
-    need(case.dtype == "fp32" and not case.penalties and case.temperature > 0)
+    need(case.dtype == "fp32" and not case.penalties and case.temperature > 0 and case.logprobs is None)
     logits, temperature = x["logits"], x["temperature"]
     s = fi.sampling
     if not case.top_k and case.top_p == 1 and not case.min_p:
@@ -27,7 +27,7 @@ def flashinfer_sampling(case: Sample, x: Inputs) -> Call:
 
 def torch_sort(case: Sample, x: Inputs) -> Call:
     """The sampler every engine starts with: sort, mask, softmax, draw."""
-    need(not case.penalties and case.temperature > 0)
+    need(not case.penalties and case.temperature > 0 and case.logprobs is None)
     logits, t = x["logits"], x["temperature"][:, None]
 
     def run() -> Tensor:
@@ -50,6 +50,6 @@ def torch_sort(case: Sample, x: Inputs) -> Call:
 
 
 def torch_argmax(case: Sample, x: Inputs) -> Call:
-    need(not case.penalties and case.temperature == 0)
+    need(not case.penalties and case.temperature == 0 and case.logprobs is None)
     logits = x["logits"]
     return lambda: logits.argmax(-1)
