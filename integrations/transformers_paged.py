@@ -118,7 +118,7 @@ def _smaller_pages(k_cache: Tensor, v_cache: Tensor, pages: Tensor) -> tuple[Ten
 def open_continuous_batching() -> None:
     """Let the continuous-batching manager take attnkit. Idempotent; does nothing where transformers has no such manager."""
     try:
-        from transformers.generation.continuous_batching import cache, continuous_api, initialization
+        from transformers.generation.continuous_batching import cache, continuous_api, initialization, input_outputs
     except ImportError:
         return
     _wrap(continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", _switch)
@@ -126,6 +126,8 @@ def open_continuous_batching() -> None:
         _wrap(module, "is_flash_attention_requested", _counts_as_flash)
     for name in ("lazy_import_flash_attention", "lazy_import_paged_flash_attention"):
         _wrap(initialization, name, _has_block_tables)
+    _wrap(input_outputs.ContinuousBatchingIOs, "_reset_static_tensors", _reset)
+    _wrap(input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", _prepare)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -162,3 +164,20 @@ def _counts_as_flash(
 def _has_block_tables(original: Callable[..., Any], implementation: str | None, *args: Any, **kwargs: Any) -> Any:
     """The manager asks only whether there is a function that reads block tables (at [0][2], in 5.17 at [1])."""
     return ((_decode,) * 4, _decode) if implementation in NAMES else original(implementation, *args, **kwargs)
+
+
+# The manager fills its inputs on the current stream and copies to or computes from them on streams of its own, with no event
+# between (5.17 to 5.23). Where the GPU is shared the current stream may be the later one: zeros of a reset then arrive after
+# the first batch, or a step reads the inputs of the one before. sdpa's tokens are wrong in the same way.
+
+
+def _reset(original: Callable[..., Any], inputs: Any, full_reset: bool = False) -> None:
+    original(inputs, full_reset)
+    if full_reset and inputs.device.type == "cuda":
+        torch.cuda.current_stream(inputs.device).synchronize()
+
+
+def _prepare(original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> None:
+    original(inputs, *args, **kwargs)
+    if inputs.compute_stream is not None:
+        inputs.compute_stream.wait_stream(torch.cuda.current_stream(inputs.device))
