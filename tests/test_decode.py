@@ -74,6 +74,30 @@ def test_batch_invariant_bits(impl, device):
     assert torch.equal(shuffled, out[order])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("Hq", [1, 4, 12, 32, 64])
+def test_batch_invariant_bits_in_a_large_batch(Hq):
+    """A hundred sequences fill the GPU, one does not: the same bits by other configs and other numbers of CTAs."""
+    case = replace(INVARIANT, lens=(200, 37, 1129, 64, 1) * 20, Hq=Hq, Hkv=1)
+    x, out, lse = run(case, "cuda_sm90", "cuda")
+    for b in range(5):
+        alone = attnkit.PageTable(x.table.pages[b : b + 1], x.table.lens[b : b + 1])
+        o, l = attnkit.paged_decode(x.q[b : b + 1], x.kv, alone, return_lse=True, batch_invariant=True, impl="cuda_sm90")
+        assert torch.equal(o[0], out[b]) and torch.equal(l[0], lse[b])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("Hq", "Q"), [(1, 1), (12, 1), (32, 1), (12, 4)])
+def test_many_pieces_meet(Hq, Q):
+    """One long sequence over all CTAs: pieces meet in groups, and those again; the counters are zero for the next call."""
+    x = inputs.make(replace(cases.BASE, lens=(60000,), Hq=Hq, Hkv=1, D=128, Q=Q), "cuda")
+    truth, plain = x.truth(), x.plain()
+    for _ in range(3):
+        out = torch.full_like(x.q, float("nan"))
+        skip_if_declined(lambda out=out: attnkit.paged_decode(x.q, x.kv, x.table, out=out, impl="cuda_sm90"))
+        assert_close(out, truth[0], plain[0])
+
+
 def test_batch_invariance_has_a_negative_control():
     """Splitting a row's keys elsewhere changes its bits: the comparison above can fail."""
     x = inputs.make(replace(INVARIANT, lens=(200,), dtype=torch.float32))

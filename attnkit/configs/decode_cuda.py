@@ -21,14 +21,17 @@ class CudaConfig:
     ctas_per_sm  CTAs that share a multiprocessor: 1 or 2, each with a ring of its own
     grid         CTAs the work is divided over, in percent of what fits the GPU
     min_tiles    tiles of keys that a CTA gets at least, where there are enough
-    late         tiles a CTA has left to ask for when it lets the next grid start, whose CTAs then ask L2 for as many;
-                 0: it may start at once
+    late         tiles a CTA has left to ask for when it lets the next grid start; 0: it may start at once
+    ahead        tiles that a CTA asks of L2 while the grid before it still runs
+    stages       tiles under way in a CTA, at most; 0: as many as fit
     """
 
     ctas_per_sm: int
     grid: int
     min_tiles: int
     late: int = 0
+    ahead: int = 1
+    stages: int = 0
 
 
 def build_of(sig: Any, config: CudaConfig) -> Build:
@@ -36,6 +39,8 @@ def build_of(sig: Any, config: CudaConfig) -> Build:
 
 
 def _build(sig: Any, ctas_per_sm: int) -> Build:
+    if sig.batch_invariant and sig.G * sig.Q > 16:
+        ctas_per_sm = 2  # the two builds for so many rows give keys to warps differently, which shows in the last bits
     return build_for(sig.D, sig.Dv, KV_TYPE[sig.kv_dtype], sig.G * sig.Q, sig.G, ctas_per_sm, 2 if _by_twos(sig) else 1)
 
 
@@ -50,24 +55,35 @@ def _by_twos(sig: Any) -> bool:
 
 
 def default(sig: Any, arch: Arch) -> CudaConfig:
-    """Two rings a multiprocessor keep the memory busier. Where pieces are large and many of them meet, and where all is over
-    in a few tiles, half the pieces do better; then half of each multiprocessor is free for the next launch's beginning.
+    """Two rings a multiprocessor keep the memory busier, with two tiles each: more under way make it slower again by 2 to 4%.
+    Where pieces are large and many of them meet, and where all is over in a few tiles, half the pieces do better; then half of
+    each multiprocessor is free for the next launch's beginning, which is let in before the first CTA ends: else two of it meet
+    in one multiprocessor.
     """
     heads, rows = sig.B * sig.Hkv, sig.G * sig.Q
     if 16 < rows <= 32 and 2 * heads <= arch.sms:
-        return CudaConfig(ctas_per_sm=1, grid=100, min_tiles=1)
-    tiles = heads * -(-sig.W * sig.S // _build(sig, 2).tile)
-    if rows <= 8 and sig.B <= 32 and not sig.batch_invariant and 24 * arch.sms < tiles <= 40 * arch.sms:
-        return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=1, late=4)
+        return CudaConfig(ctas_per_sm=1, grid=100, min_tiles=4, ahead=2, stages=3)
+    of_head = -(-sig.W * sig.S // _build(sig, 2).tile)
+    tiles = heads * of_head
+    if rows <= 8 and sig.B <= 32 and not sig.batch_invariant:
+        if 24 * arch.sms < tiles <= 40 * arch.sms:
+            return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=1, late=6, ahead=6)
+        if 6 * arch.sms < tiles <= 16 * arch.sms:
+            return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=1, late=3, ahead=3)
     if tiles > 8 * arch.sms:
-        return CudaConfig(ctas_per_sm=2, grid=100, min_tiles=1)
+        return CudaConfig(ctas_per_sm=2, grid=100, min_tiles=1, ahead=3, stages=2)
     if tiles > 2 * arch.sms:
         return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=2)
-    return CudaConfig(ctas_per_sm=1, grid=100, min_tiles=1 if 2 * tiles <= arch.sms else 2)
+    # Half the multiprocessors at most, so that the next grid starts beside this one; 16 pieces meet a head, or 32.
+    least = max(-(-2 * tiles // arch.sms), min(4, -(-of_head // 16)), -(-of_head // 32))
+    return CudaConfig(ctas_per_sm=1, grid=100, min_tiles=least)
 
 
 def candidates(sig: Any, arch: Arch) -> list[CudaConfig]:
-    return [CudaConfig(c, g, m) for c in (2, 1) for g in (100, 50) for m in (1, 2, 4)]
+    found = [CudaConfig(c, g, m) for c in (2, 1) for g in (100, 50) for m in (1, 2, 4)]
+    found += [CudaConfig(2, 100, 1, ahead=a, stages=2) for a in (1, 3)]
+    found += [CudaConfig(2, 50, 1, late=n, ahead=n) for n in (3, 6)]
+    return list(dict.fromkeys([default(sig, arch), *found]))
 
 
 CUDA = Space(

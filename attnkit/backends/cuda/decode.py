@@ -47,16 +47,15 @@ EACH_CALL = (
 )  # fmt: skip
 SINK_TYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 4}
 
-# Batch-invariant calls cut a sequence into chunks of at least 512 keys, at most CHUNKS of them.
+# Batch-invariant calls cut a sequence into chunks, at most CHUNKS of them: of at least 512 keys, or of 1024 where a model has
+# MANY_HEADS KV heads or more, so that one sequence has work for many CTAs in any case.
 CHUNK_KEYS = 512
+MANY_HEADS = 8
 CHUNKS = 64
 
-# Tiles of keys that a CTA asks of L2 while the grid before it still runs.
-AHEAD = 1
 
-
-def _least_tiles_of_chunk(build: Build) -> int:
-    return max(1, CHUNK_KEYS // build.tile)
+def _least_tiles_of_chunk(sig: AttentionSig, build: Build) -> int:
+    return max(1, CHUNK_KEYS * (2 if sig.Hkv >= MANY_HEADS else 1) // build.tile)
 
 
 def supports(sig: AttentionSig) -> str | None:
@@ -131,8 +130,8 @@ def prepare(plan: Any) -> None:
     sig, config = plan.sig, plan.config
     build = build_of(sig, config)
     block_rows, row_blocks = _row_blocks(sig, build)
-    index = index_of(sig.device)
-    loaded = kernel(build.variant, build.kernel, index, build.fixed_bytes + build.stages * build.stage_bytes)
+    index, stages = index_of(sig.device), min(build.stages, config.stages or build.stages)
+    loaded = kernel(build.variant, build.kernel, index, build.fixed_bytes + stages * build.stage_bytes)
     heads, G = sig.Hkv // build.heads * row_blocks, sig.G * build.heads
     most_tiles = sig.B * heads * (-(-sig.W * sig.S // build.tile) + 1)
     fits = arch.of(sig.device).sms * build.ctas_per_sm
@@ -144,9 +143,9 @@ def prepare(plan: Any) -> None:
         "B": sig.B, "Q": sig.Q, "Hkv": sig.Hkv // build.heads, "G": G, "heads": build.heads,
         "page_shift": sig.S.bit_length() - 1, "table_width": sig.W, "capacity": sig.W * sig.S,
         "window": sig.window, "block_rows": block_rows, "row_blocks": row_blocks, "g_magic": -(-(1 << 20) // G),
-        "slots": slots, "stages": build.stages, "ahead": max(AHEAD, config.late), "late": config.late or -1,
+        "slots": slots, "stages": stages, "ahead": config.ahead, "late": config.late or -1,
         "least_tiles": config.min_tiles,
-        "invariant": int(sig.batch_invariant), "chunk_least": _least_tiles_of_chunk(build), "chunk_most": CHUNKS,
+        "invariant": int(sig.batch_invariant), "chunk_least": _least_tiles_of_chunk(sig, build), "chunk_most": CHUNKS,
         "io_bf16": int(sig.q_dtype == torch.bfloat16), "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0,
         "scale": sig.scale, "out_scale": sig.out_scale, "softcap": sig.softcap,
         "softcap_inverse": 1 / sig.softcap if sig.softcap else 0.0,
@@ -158,7 +157,7 @@ def prepare(plan: Any) -> None:
     plan.state["index"] = index
     plan.state["scratch"] = {}
     plan.state["partial_bytes"] = slots * build.rows * (sig.Dv + 4) * 4
-    plan.state["counters"] = 2 * slots
+    plan.state["counters"] = 2 * slots * build.counter_words
 
 
 def launch(

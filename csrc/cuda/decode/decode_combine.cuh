@@ -1,37 +1,20 @@
-// Where the pieces of one head meet: partial sums in a workspace, added up by the CTA that arrives last.
+// Where the pieces of one head meet: partial sums in a workspace, added up by the CTA (narrow builds: by the warps) that arrive last.
 #pragma once
 #include "../common/convert.cuh"
 #include "decode_schedule.cuh"
 
 namespace attnkit {
 
-// Four columns of one row over some keys: weighted values relative to 2^high, and the weights' sum.
-struct Running {
-  float4 value = {0.f, 0.f, 0.f, 0.f};
-  float high = negative_infinity(), sum = 0.f;
+// Adds to a counter and returns what it held; what this thread saw before is published, what others published is seen.
+ATTNKIT_DEVICE int count_arrival(int* counter, int by) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(by) : "memory");
+  return old;
+}
 
-  // Adds N partials, each with its (high, sum). One maximum for all keeps the chain of dependent steps short.
-  template <int N>
-  ATTNKIT_DEVICE void add(const float4 (&parts)[N], const float2 (&weights)[N]) {
-    float most = high;
-#pragma unroll
-    for (int i = 0; i < N; ++i) most = fmaxf(most, weights[i].x);
-    const float base = most == negative_infinity() ? 0.f : most;  // none has seen a key
-    const float mine = exp2_fast(high - base);
-    high = most;
-    sum *= mine;
-    value = make_float4(value.x * mine, value.y * mine, value.z * mine, value.w * mine);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float by = exp2_fast(weights[i].x - base);
-      sum += weights[i].y * by;
-      value.x += parts[i].x * by;
-      value.y += parts[i].y * by;
-      value.z += parts[i].z * by;
-      value.w += parts[i].w * by;
-    }
-  }
-};
+ATTNKIT_DEVICE void uncount_arrivals(int* counter, int by) {
+  asm volatile("red.add.relaxed.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(-by) : "memory");
+}
 
 // Where the rows of one piece go.
 struct RowOutput {
@@ -97,64 +80,114 @@ struct RowOutput {
     }
     *reinterpret_cast<uint2*>(to) = packed;
   }
-
-  ATTNKIT_DEVICE void write(int row, int column, const Running& total) const {
-    write(place(row) + column * 2, total.value, finish(row, total.high, total.sum, column == 0));
-  }
-
-  ATTNKIT_DEVICE void store_partial(int slot, int row, int column, const Running& total) const {
-    *reinterpret_cast<float4*>(values(slot) + row * columns + column) = total.value;
-    if (column == 0) weights(slot, 0)[row] = make_float2(total.high, total.sum);
-  }
 };
 
-// How many pieces one CTA adds up; more meet in groups of Fan first, so that several CTAs share the reading.
-// Wide pieces are large: 32 KB at 64 rows and D = 128.
+// How many pieces are added up at once; more meet in groups first, so that several CTAs share the reading.
+// Pieces of many rows are large: 32 KB at 64 rows and D = 128.
 template <class Shape>
 struct Meeting {
-  static constexpr int Fan = Shape::Rows > 16 ? 8 : 16, Most = Shape::Rows > 16 ? 8 : 32;
+  static constexpr bool Large = Shape::Rows > 16;
+  static constexpr int Most = Large ? 8 : 32;
+  // Narrow builds' warps arrive each for itself, in a byte of a counter of its own, with the rows that they add up.
+  static constexpr int Words = Shape::Wide ? 1 : (Shape::ConsumerWarps + 3) / 4;
+
+  ATTNKIT_DEVICE static int fan(int count) { return Large && count <= 256 ? 8 : 16; }
 };
 
-// Adds pieces first, first + step, ... (count of them), in that order, to a group's sum or to the output.
-// A thread takes Units groups of four columns and Each pieces at a time, so that many loads are in flight at once.
-// The loops stay rolled: unrolled, they take registers from the loop over tiles.
-template <class Shape, int Units, int Each>
-ATTNKIT_DEVICE void add_pieces(const Piece& piece, const RowOutput& output, int first, int step, int count, int level, bool last) {
-  const int in_row = output.columns / 4, all = output.rows * in_row;
-#pragma unroll 1
-  for (int unit0 = threadIdx.x; unit0 < all; unit0 += Units * Shape::Consumers) {
-    Running total[Units];
-#pragma unroll 1
-    for (int i0 = 0; i0 < count; i0 += Each) {
-      float4 parts[Units][Each];
-      float2 weights[Units][Each];
+// The rows of a block that one warp writes and adds up: warp, warp + ConsumerWarps, ...
+template <class Shape>
+struct WarpRows {
+  static constexpr int Most = Shape::Rows / Shape::ConsumerWarps, Step = Shape::ConsumerWarps;
+  int first, count;
+
+  ATTNKIT_DEVICE explicit WarpRows(int rows) {
+    first = threadIdx.x >> 5;
+    count = (rows - first + Step - 1) / Step;
+  }
+  ATTNKIT_DEVICE int row(int k) const { return first + min(k, count - 1) * Step; }
+};
+
+// Which pieces meet: first, first + step, ... (count of them), of the ones themselves (level 0) or of groups' sums (1).
+struct Meet {
+  int first, step, count, level;
+  bool last;  // into the output, not into a group's sum
+
+  ATTNKIT_DEVICE int slot(const Piece& piece, int i) const { return piece.slot(first + min(i, count - 1) * step); }
+};
+
+// By how much a piece's sums of a row count, in a lane for each of Group pieces (``weight``: its (max, sum)); what the row comes to
+// is left behind by the first of them.
+template <int Group>
+ATTNKIT_DEVICE float share_of_piece(const Piece& piece, const RowOutput& output, const Meet& meet, int row, float2 weight, bool says_lse) {
+  float most = weight.x;
 #pragma unroll
-      for (int u = 0; u < Units; ++u) {
-        const int unit = unit0 + u * Shape::Consumers, row = unit / in_row;
+  for (int d = Group / 2; d > 0; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+  const float by = exp2_fast(weight.x - (most == negative_infinity() ? 0.f : most));  // none has seen a key: zeros
+  float sum = weight.y * by;
 #pragma unroll
-        for (int i = 0; i < Each; ++i) {
-          parts[u][i] = make_float4(0.f, 0.f, 0.f, 0.f);
-          weights[u][i] = make_float2(negative_infinity(), 0.f);
-          if (i0 + i < count && unit < all) {
-            const int slot = piece.slot(first + (i0 + i) * step);
-            parts[u][i] = load_l2(reinterpret_cast<const float4*>(output.values(slot)) + unit);
-            weights[u][i] = load_l2(output.weights(slot, level) + row);
+  for (int d = Group / 2; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  const bool first = threadIdx.x % Group == 0;
+  if (meet.last) return by * output.finish(row, most, sum, first && says_lse);
+  if (first) output.weights(meet.slot(piece, 0), meet.level + 1)[row] = make_float2(most, sum);
+  return by;
+}
+
+// Adds up the pieces that meet, in their order: R rows at a time, a lane four columns of each and E pieces at once, so that R * E
+// loads are in flight. Lane r * Group + i knows by how much piece i counts in row r. All this runs once and waits for its
+// instructions, so what is beyond the last row or piece is not left out: the last one is read again, for nothing.
+template <class Shape, int R, int E>
+ATTNKIT_DEVICE void add_rows(const Piece& piece, const RowOutput& output, const WarpRows<Shape>& rows, const Meet& meet) {
+  constexpr int Group = 32 / R, Units = Shape::DV / 4;
+  const int lane = threadIdx.x & 31, i = lane % Group;
+#pragma unroll 1
+  for (int k = 0; k < rows.count; k += R) {
+    const int mine = rows.row(k + lane / Group);
+    const u64 to = reinterpret_cast<u64>(output.place(mine));
+#pragma unroll 1
+    for (int unit = lane; unit < (Units + 31) / 32 * 32; unit += 32) {
+      float4 parts[R][E];
+      auto load = [&](int i0) {
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+          const float4* from = reinterpret_cast<const float4*>(output.values(meet.slot(piece, i0 + e)));
+          from += Units % 32 == 0 ? unit : min(unit, Units - 1);
+#pragma unroll
+          for (int r = 0; r < R; ++r) parts[r][e] = load_l2(from + rows.row(k + r) * Units);
+        }
+      };
+      float2 weight = load_l2(output.weights(meet.slot(piece, i), meet.level) + mine);
+      if (i >= meet.count) weight = make_float2(negative_infinity(), 0.f);
+      load(0);
+      const float by = share_of_piece<Group>(piece, output, meet, mine, weight, unit < 32);
+      float4 total[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) total[r] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+      for (int i0 = 0;;) {
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const float factor = __shfl_sync(~0u, by, r * Group + i0 + e);
+            total[r].x += parts[r][e].x * factor;
+            total[r].y += parts[r][e].y * factor;
+            total[r].z += parts[r][e].z * factor;
+            total[r].w += parts[r][e].w * factor;
           }
         }
+        i0 += E;
+        if (i0 >= meet.count) break;
+        load(i0);
       }
 #pragma unroll
-      for (int u = 0; u < Units; ++u) total[u].add(parts[u], weights[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < Units; ++u) {
-      const int unit = unit0 + u * Shape::Consumers, row = unit / in_row, column = (unit - row * in_row) * 4;
-      if (unit >= all) break;
-      if (last) {
-        output.write(row, column, total[u]);
-      } else {
-        const int slot = piece.slot(first);
-        reinterpret_cast<float4*>(output.values(slot))[unit] = total[u].value;
-        if (column == 0) output.weights(slot, level + 1)[row] = make_float2(total[u].high, total[u].sum);
+      for (int r = 0; r < R; ++r) {
+        char* out = reinterpret_cast<char*>(__shfl_sync(~0u, to, r * Group));
+        if (k + r >= rows.count || unit >= Units) continue;
+        if (meet.last) {
+          output.write(out + unit * 8, total[r], 1.f);
+        } else {
+          reinterpret_cast<float4*>(output.values(meet.slot(piece, 0)))[rows.row(k + r) * Units + unit] = total[r];
+        }
       }
     }
   }
@@ -163,45 +196,61 @@ ATTNKIT_DEVICE void add_pieces(const Piece& piece, const RowOutput& output, int 
 // Counters are cold in a graph of many launches: asked for when a piece begins, they are there when it ends.
 template <class Shape>
 ATTNKIT_DEVICE void prefetch_counters(const DecodeParams& p, const Piece& piece) {
+  constexpr int Words = Meeting<Shape>::Words;
   if (piece.count == 1) return;
-  prefetch_l2(p.counters + p.slots + piece.slot0);
-  if (piece.count > Meeting<Shape>::Most) prefetch_l2(p.counters + piece.slot(piece.index / Meeting<Shape>::Fan * Meeting<Shape>::Fan));
+  prefetch_l2(p.counters + (p.slots + piece.slot0) * Words);
+  const int fan = Meeting<Shape>::fan(piece.count);
+  if (piece.count > Meeting<Shape>::Most) prefetch_l2(p.counters + piece.slot(piece.index / fan * fan) * Words);
 }
 
-// True in the CTA that is the last of ``count`` to arrive; the counter is zero again after that.
+// True in the CTA (narrow builds: the warp) that is the last of ``count`` to arrive; the counter is zero again after that.
 template <class Shape>
 ATTNKIT_DEVICE bool arrives_last(int* counter, int count, int* flag) {
-  named_barrier(1, Shape::Consumers);  // the partial is written, and the flag's last reader is done
-  if (threadIdx.x == 0) {
-    const bool last = count_arrival(counter) == count - 1;
-    if (last) *counter = 0;
-    *flag = last;
+  if constexpr (Shape::Wide) {
+    named_barrier(1, Shape::Consumers);  // the partial is written, and the flag's last reader is done
+    if (threadIdx.x == 0) {
+      const bool last = count_arrival(counter, 1) == count - 1;
+      if (last) *counter = 0;
+      *flag = last;
+    }
+    named_barrier(1, Shape::Consumers);
+    return *flag != 0;
+  } else {
+    const int warp = threadIdx.x >> 5, shift = warp % 4 * 8;
+    int before = 0;
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) {
+      before = count_arrival(counter + warp / 4, 1 << shift);
+      if ((before >> shift & 255) == count - 1) uncount_arrivals(counter + warp / 4, count << shift);
+    }
+    before = __shfl_sync(~0u, before, 0);
+    __syncwarp();
+    return (before >> shift & 255) == count - 1;
   }
-  named_barrier(1, Shape::Consumers);
-  return *flag != 0;
 }
 
 template <class Shape>
 ATTNKIT_DEVICE void combine(const DecodeParams& p, const Piece& piece, const RowOutput& output, int* flag) {
+  constexpr int Words = Meeting<Shape>::Words, Wider = Shape::CtasPerSm == 1 && Shape::Rows == 8 ? 2 : 1;
+  const WarpRows<Shape> rows(output.rows);
+  if (!Shape::Wide && rows.count <= 0) return;
   const bool grouped = piece.count > Meeting<Shape>::Most;
-  int first = grouped ? piece.index / Meeting<Shape>::Fan * Meeting<Shape>::Fan : 0, step = 1;
-  int count = grouped ? min(Meeting<Shape>::Fan, piece.count - first) : piece.count;
-  int* meeting = p.counters + p.slots + piece.slot0;
-  int* counter = grouped ? p.counters + piece.slot(first) : meeting;
+  const int fan = Meeting<Shape>::fan(piece.count);
+  const int first = grouped ? piece.index / fan * fan : 0;
+  Meet meet = {first, 1, grouped ? min(fan, piece.count - first) : piece.count, 0, !grouped};
+  int* meeting = p.counters + (p.slots + piece.slot0) * Words;
+  int* counter = grouped ? p.counters + piece.slot(first) * Words : meeting;
 #pragma unroll 1
-  for (int level = 0; arrives_last<Shape>(counter, count, flag); ++level) {
-    const bool last = !grouped || level == 1;
-    if (count <= 8 && output.rows * output.columns > 4 * Shape::Consumers) {
-      add_pieces<Shape, 4, 4>(piece, output, first, step, count, level, last);
-    } else if (count <= 8) {
-      add_pieces<Shape, 1, 8>(piece, output, first, step, count, level, last);
+  while (arrives_last<Shape>(counter, meet.count, flag)) {
+    if (meet.count > 16 || rows.count == 1) {
+      add_rows<Shape, 1, 16>(piece, output, rows, meet);
+    } else if (WarpRows<Shape>::Most == 2 || meet.count > 8) {
+      add_rows<Shape, 2, 8 * Wider>(piece, output, rows, meet);
     } else {
-      add_pieces<Shape, 1, 16>(piece, output, first, step, count, level, last);
+      add_rows<Shape, 4, 4 * Wider>(piece, output, rows, meet);
     }
-    if (last) break;
-    first = 0;
-    step = Meeting<Shape>::Fan;
-    count = (piece.count + Meeting<Shape>::Fan - 1) / Meeting<Shape>::Fan;
+    if (meet.last) break;
+    meet = {0, fan, (piece.count + fan - 1) / fan, 1, true};
     counter = meeting;
   }
 }

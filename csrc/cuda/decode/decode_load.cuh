@@ -7,7 +7,7 @@ namespace attnkit {
 struct DecodeShared {
   u32 ring, q;                    // shared-space addresses: [stages, StageBytes], [QSlots, QBytes]
   u32 full, empty, q_full, q_empty;  // barriers: [stages], [stages], [2], [2]
-  unsigned char* meet;            // where warps of a narrow build add up
+  unsigned char *tiles, *meet;    // the ring as ordinary memory, and where a narrow build's warps compare their rows' (max, sum)
   int* scratch;                   // the walker's, then a flag
   volatile int* ended;            // whether the previous grid has
   Piece* pieces;                  // [2]: what the q of the same slot belongs to
@@ -28,8 +28,9 @@ ATTNKIT_DEVICE void prefetch_box(const TensorMap& map, int head, int slot, int p
                : "memory");
 }
 
-// Two warps: one brings the keys, the other q and the values. Issuing boxes of 16 slots takes a warp longer
-// than their bytes take to arrive. Both run the same code, rolled up: what runs once a launch waits for its instructions.
+// Two warps: one brings the keys, the other q and the values; or four, two for the keys' boxes and two for the values'.
+// Issuing boxes of 16 slots takes a warp longer than their bytes take to arrive. All run the same code, rolled up: what runs
+// once a launch waits for its instructions.
 template <class Shape>
 struct DecodeProducer {
   static constexpr int T = Shape::T;
@@ -37,12 +38,15 @@ struct DecodeProducer {
 
   const DecodeParams& p;
   const DecodeShared& shared;
-  bool keys;
+  bool keys, q;                // what this warp brings
+  int part, parts;             // which boxes: every parts-th
   int lane, box_shift, boxes;  // slots in a box: 2^box_shift; boxes of one plane of a tile
   u64 policy;
   Piece piece;
 
-  ATTNKIT_DEVICE DecodeProducer(const DecodeParams& params, const DecodeShared& s, bool brings_keys) : p(params), shared(s), keys(brings_keys) {
+  ATTNKIT_DEVICE DecodeProducer(const DecodeParams& params, const DecodeShared& s, int warp)
+      : p(params), shared(s), keys(warp % 2 == 0), q(warp == 1), part(warp / 2) {
+    parts = (Shape::Producers + keys) / 2;
     lane = threadIdx.x & 31;
     box_shift = min(p.page_shift, 31 - __clz(T));
     boxes = T >> box_shift;
@@ -68,7 +72,7 @@ struct DecodeProducer {
     constexpr int Units = Shape::D * 2 / 16;
     const char* base = p.q + piece.b * p.q_b + piece.h * p.G * p.q_h;
     const u32 to = shared.q + slot * Shape::QBytes;
-#pragma unroll 1
+#pragma unroll 4
     for (int unit = lane; unit < Shape::Rows * Units; unit += 32) {
       const int row = unit / Units, column = (unit - row * Units) * 16;
       const int n = piece.block * p.block_rows + Shape::row_of(p, row);
@@ -110,9 +114,10 @@ struct DecodeProducer {
     const int token0 = tile * T, slot = token0 & ((1 << p.page_shift) - 1), head = piece.h * Shape::Heads;
     const int first = max(piece.low - token0, 0) >> box_shift;
     const int last = min((piece.length - token0 + (1 << box_shift) - 1) >> box_shift, boxes);
-    if (!ahead && elect_one()) mbarrier_arrive_expect(full, max(last - first, 0) * (row * Shape::Heads << box_shift));
+    const int own = max((last - first - part + parts - 1) / parts, 0);
+    if (!ahead && elect_one()) mbarrier_arrive_expect(full, own * (row * Shape::Heads << box_shift));
 #pragma unroll 1
-    for (int box = first; box < last; ++box) {
+    for (int box = first + part; box < last; box += parts) {
       const int* entry = pages + (token0 >> p.page_shift) + box;
       const int from = boxes <= 32 ? __shfl_sync(~0u, page, box) : ahead ? load_l2(entry) : *entry;
       // A warp issues one box in 200 cycles, so a narrow build's holds all planes; wgmma wants them a tile apart.
@@ -155,7 +160,7 @@ struct DecodeProducer {
 #pragma unroll 1
         for (int tile = piece.tile; tile < last && !*shared.ended; ++tile) load_tile(pages, tile, page_of(pages, tile, true), 0, true);
         if constexpr (!Shape::Wide) {
-          if (!keys && more && !*shared.ended) prefetch_q();
+          if (q && more && !*shared.ended) prefetch_q();
         }
         wait_for_previous_grid();
         waited = true;
@@ -166,12 +171,13 @@ struct DecodeProducer {
       }
       if (!more) break;
       int page = page_of(pages, piece.tile, false);
+      if (!Shape::Wide && q) load_q(pieces);  // while the page is on its way
 #pragma unroll 1
       for (int tile = piece.tile; tile < piece.tile + piece.tiles; ++tile) {
         const int next_page = page_of(pages, tile + 1, false);
         mbarrier_wait(shared.empty + 8 * stage, phase);
         load_tile(pages, tile, page, stage, false);
-        if (!keys && tile == piece.tile) load_q(pieces++);  // q after the first values: it is small, and not needed sooner
+        if (Shape::Wide && q && tile == piece.tile) load_q(pieces);  // its place is free only when the piece before has ended
         if (piece.tile + piece.tiles - 1 - tile + walker.end - walker.position <= p.late) launch_dependents();
         page = next_page;
         if (++stage == p.stages) {
@@ -179,8 +185,9 @@ struct DecodeProducer {
           phase ^= 1;
         }
       }
+      ++pieces;
     }
-    if (!keys) {
+    if (q) {
       const int slot = pieces % Shape::QSlots;
       mbarrier_wait(shared.q_empty + 8 * slot, (pieces / Shape::QSlots & 1) ^ 1);
       if (lane == 0) shared.pieces[slot].tiles = 0;
@@ -206,6 +213,7 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
   DecodeShared shared;
   // TMA's swizzle follows address bits: the ring lies on a multiple of 1024, as dynamic shared memory does.
   shared.ring = smem_address(memory);
+  shared.tiles = memory;
   shared.q = shared.ring + p.stages * Shape::StageBytes;
   unsigned char* after = memory + p.stages * Shape::StageBytes + Shape::QSlots * Shape::QBytes;
   shared.full = smem_address(after);
@@ -218,7 +226,7 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
   shared.meet = after + 512;
 
   if (threadIdx.x < p.stages) {
-    mbarrier_init(shared.full + 8 * threadIdx.x, 2);
+    mbarrier_init(shared.full + 8 * threadIdx.x, Shape::Producers);
     mbarrier_init(shared.empty + 8 * threadIdx.x, Shape::ConsumerWarps);
     mbarrier_init_fence();
   } else if (threadIdx.x >= 32 && threadIdx.x < 34) {
@@ -257,7 +265,7 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
     Consumer<Shape> consumer(p, shared);
     consumer.run();
   } else {
-    DecodeProducer<Shape> producer(p, shared, warp == Shape::ConsumerWarps);
+    DecodeProducer<Shape> producer(p, shared, warp - Shape::ConsumerWarps);
     producer.run(walker);
   }
 }

@@ -30,7 +30,7 @@ struct DecodeParams {
   char* out;                 // [B, Q, Hq, DV]
   float* lse;                // [B, Q, Hq]
   float* partial;            // [slots, ROWS, DV] weighted sums, then float2 [2, slots, ROWS]: (max, sum)
-  int* counters;             // [2 * slots], zero between launches
+  int* counters;             // [2 * slots, words], zero between launches
   i64 q_b, q_i, q_h;
   i64 out_b, out_i, out_h;
   i64 pages_b;

@@ -1,10 +1,10 @@
 // Paged decode for sm_90a: 1 to 16 query tokens a sequence over a paged cache, in one launch.
 //
-// Memory bound, so all of it serves one stream of loads. One producer warp brings tiles of T keys and values
-// into a ring by TMA, a box a page (any page size and stride). Consumer warps each own 16 keys of every tile and all rows: S^T = K q^T with the keys on the M
-// side of mma.sync and the G * Q rows on its N side, so rows are padded to a multiple of 8 only; then
-// O^T = V^T P^T. Warps keep their own running maximum and meet once a piece. Pieces of one head that lie in
-// several CTAs meet in a workspace; the CTA that arrives last adds them up in a fixed order.
+// Memory bound, so all of it serves one stream of loads. Producer warps bring tiles of T keys and values into a ring
+// by TMA, a box a page (any page size and stride). Consumer warps each own 16 keys of every tile and all rows: S^T = K q^T
+// with the keys on the M side of mma.sync and the G * Q rows on its N side, so rows are padded to a multiple of 8 only;
+// then O^T = V^T P^T. Warps keep their own running maximum and meet once a piece. Pieces of one head that lie in
+// several CTAs meet in a workspace; who arrives last adds them up in a fixed order.
 #pragma once
 #include "../common/convert.cuh"
 #include "decode_combine.cuh"
@@ -26,7 +26,10 @@ struct DecodeShape {
   static constexpr int T = 16 * WT * MT;
   static constexpr int ConsumerWarps = WR * WT;
   static constexpr int Consumers = 32 * ConsumerWarps;
-  static constexpr int Threads = Consumers + 64;
+  // A lone CTA's first tiles are waited for, so two warps issue the keys' boxes and two the values'. Where two CTAs share a
+  // multiprocessor, or have more rows, the registers are the consumers'.
+  static constexpr int Producers = CtasPerSm == 1 && Rows == 8 ? 4 : 2;
+  static constexpr int Threads = Consumers + 32 * Producers;
   static constexpr int ElementBytes = Bytes ? 1 : 2;
   // A row of K or V lies in planes of Swizzle bytes, each plane [T][Swizzle] as TMA swizzles it.
   ATTNKIT_DEVICE static constexpr int swizzle(int bytes) { return bytes % 128 == 0 ? 128 : bytes % 64 == 0 ? 64 : 32; }
@@ -37,23 +40,27 @@ struct DecodeShape {
   static constexpr int QBytes = Rows * PitchQ;
   // Q stays in registers unless it would take more than 32 of them.
   static constexpr bool QInRegisters = NR * (D / 8) <= 32;
-  // As many columns at a time as 16 KB a multiprocessor hold, or 8 where that leaves room for a stage more.
+  // Warps meet in the stage of a piece's last tile: as many columns at a time as it holds.
   ATTNKIT_DEVICE static constexpr int meet_columns() {
     int columns = 16;
-    while (DV % (2 * columns) == 0 && 2 * columns * WT * Rows * 4 * CtasPerSm * Heads <= 16384) columns *= 2;
+    while (DV % (2 * columns) == 0 && 2 * columns * WT * Rows * 4 <= StageBytes) columns *= 2;
     return columns;
   }
   static constexpr int MeetColumns = meet_columns();
-  static constexpr int MeetPitch = MeetColumns + 4;
-  static constexpr int MeetBytes = WT * Rows * (MeetPitch * 4 + 8);
-  static constexpr int FixedBytes = 512 + 2 * QBytes + MeetBytes;  // 512: barriers, the walker's scratch
+  static constexpr int FixedBytes = 512 + 2 * QBytes + WT * Rows * 8;  // 512: barriers, the walker's scratch
+  static_assert(MeetColumns * WT * Rows * 4 <= StageBytes, "a tile holds a pass of the meeting");
   static_assert(D % 16 == 0 && DV % MeetColumns == 0 && MeetColumns % 16 == 0, "head size");
 
-  // Which of a block's rows stands in place ``row``: where two heads share it, each has 8 places for its Q * G / 2.
-  ATTNKIT_DEVICE static int row_of(const DecodeParams& p, int row) {
+  // Which of a block's rows stands in a place: where two heads share it, each has 8 places for its Q * G / 2.
+  ATTNKIT_DEVICE static int row_of(const DecodeParams& p, int place) {
+    if constexpr (Heads == 1) return place;
+    const int group = p.G / Heads, i = (place & 7) / group;
+    return i < p.Q ? i * p.G + place / 8 * group + (place & 7) - i * group : p.Q * p.G;
+  }
+  ATTNKIT_DEVICE static int place_of(const DecodeParams& p, int row) {
     if constexpr (Heads == 1) return row;
-    const int group = p.G / Heads, i = (row & 7) / group;
-    return i < p.Q ? i * p.G + row / 8 * group + (row & 7) - i * group : p.Q * p.G;
+    const int group = p.G / Heads, i = row * p.g_magic >> 20, at = row - i * p.G, head = at >= group;
+    return head * 8 + i * group + at - head * group;
   }
 
   static_assert(Heads == 1 || (WR == Heads && NR == 1), "a row group a head");
@@ -71,8 +78,6 @@ struct DecodeConsumer {
   int lane, warp, row_group, key_group, box_shift;
   u32 q_fragment[Shape::QInRegisters ? NR : 1][Shape::QInRegisters ? KSteps : 1][2];
   u32 q_rows;                // shared address of this piece's Q
-  float* meet_p;              // [WT, Rows, MeetPitch]: the key groups' sums
-  float2* meet_ml;            // [WT, Rows]: their (max, sum)
   float sums[Columns][NR][4];  // O^T: columns of V down, rows of q across
   float high[NR][2], sum[NR][2], factor[NR][2];
   int token[NR][2];          // query token of this lane's rows
@@ -83,8 +88,6 @@ struct DecodeConsumer {
     row_group = warp / Shape::WT;
     key_group = warp % Shape::WT;
     box_shift = min(p.page_shift, 31 - __clz(T));
-    meet_p = reinterpret_cast<float*>(s.meet);
-    meet_ml = reinterpret_cast<float2*>(meet_p + Shape::WT * Shape::Rows * Shape::MeetPitch);
   }
 
   // q into registers; for an 8-bit cache as f16, each row scaled by a power of two so that it fits.
@@ -402,8 +405,10 @@ struct DecodeConsumer {
     __syncwarp();
   }
 
-  // The key groups' sums meet in shared memory and leave as output, or as one partial of the head.
-  ATTNKIT_DEVICE void finish(const Piece& piece) {
+  // The key groups' (max, sum) of each row meet: ``factor`` becomes what this lane's sums count by. Returns, in lane k, what the
+  // sum of this warp's k-th row is multiplied by.
+  ATTNKIT_DEVICE float meet_rows(const Piece& piece, const RowOutput& output, const WarpRows<Shape>& rows) {
+    float2* meet = reinterpret_cast<float2*>(shared.meet);
 #pragma unroll
     for (int n = 0; n < NR; ++n) {
 #pragma unroll
@@ -412,13 +417,48 @@ struct DecodeConsumer {
         sum[n][j] += __shfl_xor_sync(~0u, sum[n][j], 8);
         sum[n][j] += __shfl_xor_sync(~0u, sum[n][j], 16);
         const int row = (row_group * NR + n) * 8 + (lane & 3) * 2 + j;
-        if (lane < 4) meet_ml[key_group * Shape::Rows + row] = make_float2(high[n][j], sum[n][j]);
+        if (lane < 4) meet[key_group * Shape::Rows + row] = make_float2(high[n][j], sum[n][j]);
       }
     }
-    const RowOutput output(p, piece, Shape::Rows, DV);
-    constexpr int Each = Shape::MeetColumns / 16, Units = Shape::MeetColumns / 4;
+    named_barrier(1, Shape::Consumers);  // and nobody reads the last tile any more
 #pragma unroll
-    for (int pass = 0; pass < DV / Shape::MeetColumns; ++pass) {
+    for (int n = 0; n < NR; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = (row_group * NR + n) * 8 + (lane & 3) * 2 + j;
+        float most = negative_infinity();
+#pragma unroll
+        for (int g = 0; g < Shape::WT; ++g) most = fmaxf(most, meet[g * Shape::Rows + row].x);
+        factor[n][j] = exp2_fast(high[n][j] - (most == negative_infinity() ? 0.f : most));
+      }
+    }
+    if (lane >= rows.count) return 1.f;
+    const int n = rows.row(lane), place = Shape::place_of(p, n);
+    float most = negative_infinity(), total = 0.f;
+#pragma unroll
+    for (int g = 0; g < Shape::WT; ++g) most = fmaxf(most, meet[g * Shape::Rows + place].x);
+#pragma unroll
+    for (int g = 0; g < Shape::WT; ++g) {
+      const float2 one = meet[g * Shape::Rows + place];
+      total += one.y * exp2_fast(one.x - (most == negative_infinity() ? 0.f : most));
+    }
+    if (piece.count == 1) return output.finish(n, most, total, true);
+    output.weights(piece.slot(piece.index), 0)[n] = make_float2(most, total);
+    return 1.f;
+  }
+
+  // The key groups' sums meet in the last tile's stage and leave as output, or as one partial of the head. A row's columns are
+  // swizzled, so that the lanes of a store, which have four rows, hit banks of their own.
+  ATTNKIT_DEVICE void finish(const Piece& piece, int stage) {
+    constexpr int Pitch = Shape::MeetColumns, Each = Pitch / 16, Units = Pitch / 4;
+    const RowOutput output(p, piece, Shape::Rows, DV);
+    const WarpRows<Shape> rows(output.rows);
+    float* meet = reinterpret_cast<float*>(shared.tiles + stage * Shape::StageBytes);
+    const float row_scale = meet_rows(piece, output, rows);
+    const int odd = (lane & 3) * 8 & (Pitch - 1);  // of this lane's rows
+#pragma unroll
+    for (int pass = 0; pass < DV / Pitch; ++pass) {
+      if (pass > 0) named_barrier(1, Shape::Consumers);
 #pragma unroll
       for (int c = 0; c < Each; ++c) {
 #pragma unroll
@@ -427,32 +467,34 @@ struct DecodeConsumer {
           for (int j = 0; j < 4; ++j) {
             const int row = (row_group * NR + n) * 8 + (lane & 3) * 2 + (j & 1);
             const int column = c * 16 + (Shape::Bytes ? lane / 4 * 2 + (j >> 1) : lane / 4 + (j >> 1) * 8);
-            meet_p[(key_group * Shape::Rows + row) * Shape::MeetPitch + column] = sums[pass * Each + c][n][j];
+            meet[(key_group * Shape::Rows + row) * Pitch + (column ^ odd)] = sums[pass * Each + c][n][j] * factor[n][j & 1];
           }
         }
       }
       named_barrier(1, Shape::Consumers);
-      for (int unit = threadIdx.x; unit < Shape::Rows * Units; unit += Shape::Consumers) {
-        const int row = unit / Units, column = (unit - row * Units) * 4;
-        const int n = Shape::row_of(p, row);
-        if (n >= output.rows) continue;
-        float4 parts[Shape::WT];
-        float2 weights[Shape::WT];
+#pragma unroll 2
+      for (int at = 0; at < WarpRows<Shape>::Most * Units; at += 32) {
+        const int k = (at + lane) / Units, column = (at + lane) % Units * 4;
+        const float by = __shfl_sync(~0u, row_scale, k);
+        if (k >= rows.count) continue;
+        const int n = rows.row(k), place = Shape::place_of(p, n);
+        const float* from = meet + place * Pitch + (column ^ ((place >> 1 & 3) * 8 & (Pitch - 1)));
+        float4 total = *reinterpret_cast<const float4*>(from);
 #pragma unroll
-        for (int g = 0; g < Shape::WT; ++g) {
-          parts[g] = *reinterpret_cast<const float4*>(meet_p + (g * Shape::Rows + row) * Shape::MeetPitch + column);
-          weights[g] = meet_ml[g * Shape::Rows + row];
+        for (int g = 1; g < Shape::WT; ++g) {
+          const float4 more = *reinterpret_cast<const float4*>(from + g * Shape::Rows * Pitch);
+          total = make_float4(total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w);
         }
-        Running total;
-        total.add(parts, weights);
         if (piece.count == 1) {
-          output.write(n, pass * Shape::MeetColumns + column, total);
+          output.write(output.place(n) + (pass * Pitch + column) * 2, total, by);
         } else {
-          output.store_partial(piece.slot(piece.index), n, pass * Shape::MeetColumns + column, total);
+          reinterpret_cast<float4*>(output.values(piece.slot(piece.index)))[(n * DV + pass * Pitch + column) / 4] = total;
         }
       }
-      named_barrier(1, Shape::Consumers);
     }
+    fence_async_shared();  // before TMA writes there again
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.empty + 8 * stage);
     if (piece.count > 1) combine<Shape>(p, piece, output, shared.scratch);
   }
 
@@ -468,12 +510,14 @@ struct DecodeConsumer {
       if (threadIdx.x == 0) prefetch_counters<Shape>(p, piece);
       q_rows = shared.q + q_slot * Shape::QBytes;
       load_q();
+      int last = 0;
 #pragma unroll 1
       for (int t = 0; t < tiles; ++t) {
         mbarrier_wait(shared.full + 8 * stage, phase);
         tile(piece, (piece.tile + t) * T, shared.ring + stage * Shape::StageBytes);
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared.empty + 8 * stage);
+        last = stage;
+        if (lane == 0 && t < tiles - 1) mbarrier_arrive(shared.empty + 8 * stage);
         if (++stage == p.stages) {
           stage = 0;
           phase ^= 1;
@@ -482,7 +526,7 @@ struct DecodeConsumer {
       const Piece done = piece;
       __syncwarp();
       if (lane == 0) mbarrier_arrive(shared.q_empty + 8 * q_slot);
-      finish(done);
+      finish(done, last);
     }
   }
 };

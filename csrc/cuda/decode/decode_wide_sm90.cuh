@@ -16,7 +16,7 @@ struct DecodeWideShape {
   static constexpr bool Bf16 = KvType == kBf16, Wide = true;
   static constexpr int Heads = 1;
   static constexpr int Rows = 64, T = 64, ElementBytes = 2;
-  static constexpr int ConsumerWarps = 4, Consumers = 128, Threads = Consumers + 64;
+  static constexpr int ConsumerWarps = 4, Consumers = 128, Producers = 2, Threads = Consumers + 32 * Producers;
   static constexpr int RowK = D * 2, RowV = DV * 2, SwizzleK = 128, SwizzleV = 128;
   static constexpr int StageBytes = T * (RowK + RowV), QBytes = Rows * RowK;
   static constexpr int QSlots = 1;  // so that at D = 128 two CTAs with three stages each just fit

@@ -46,8 +46,21 @@ class Build:
         return 64 if self.wide else 16 * self.WT * self.MT
 
     @property
+    def consumer_warps(self) -> int:
+        return 4 if self.wide else self.WR * self.WT
+
+    @property
+    def producer_warps(self) -> int:
+        return 4 if self.ctas_per_sm == 1 and self.rows == 8 else 2
+
+    @property
+    def counter_words(self) -> int:
+        """Counters of one slot: narrow builds' warps arrive each in a byte of their own."""
+        return 1 if self.wide else -(-self.consumer_warps // 4)
+
+    @property
     def threads(self) -> int:
-        return (128 if self.wide else 32 * self.WR * self.WT) + 64
+        return 32 * (self.consumer_warps + self.producer_warps)
 
     @property
     def stage_bytes(self) -> int:
@@ -58,10 +71,7 @@ class Build:
         if self.wide:
             return self.rows * self.D * 2 + 512
         pitch = self.D * 2 + (16 if self.D // 8 % 2 == 0 else 0)
-        columns = 16
-        while self.Dv % (2 * columns) == 0 and 2 * columns * self.WT * self.rows * 4 * self.ctas_per_sm * self.heads <= 16384:
-            columns *= 2
-        return 512 + 2 * self.rows * pitch + self.WT * self.rows * ((columns + 4) * 4 + 8)
+        return 512 + 2 * self.rows * pitch + self.WT * self.rows * 8
 
     @property
     def stages(self) -> int:
