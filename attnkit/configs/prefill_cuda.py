@@ -9,8 +9,8 @@ from attnkit.configs import Space, pow2
 from attnkit.signature import AttentionSig, RaggedSig
 
 SHARED = 227 * 1024
-#: Keys a sequence may have from which four warps load: 1 to 3% faster at 8k keys, 4% slower at 512 (H200, D = 128).
-LONG = 4096
+#: Bytes that stand before and beside the tiles.
+FIXED = 1024 + 640 + 1024 * 6 + 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +19,11 @@ class CudaConfig:
     consumers  warpgroups of 64 query rows in a CTA
     block      keys in a tile
     stages     tiles of K, and of V, in flight
-    loaders    warps that load: 2, or 4 that share the pages of a tile
     """
 
     consumers: int
     block: int
     stages: int
-    loaders: int = 2
 
 
 def padded(head: int) -> int:
@@ -34,10 +32,11 @@ def padded(head: int) -> int:
 
 
 def shared_bytes(sig: AttentionSig | RaggedSig, config: CudaConfig) -> int:
-    """What csrc/cuda/prefill/prefill_sm90.cuh's SharedBytes says."""
+    """SharedBytes of csrc/cuda/prefill/prefill_sm90.cuh, or of prefill_overlap_sm90.cuh: there outputs stand in it too."""
     D, Dv = padded(sig.D), padded(sig.Dv)
-    queries = 64 * config.consumers * D * 2
-    once = 1024 + 640 + 1024 * 6 + 16 + queries + config.stages * config.block * (D + Dv) * 2
+    rows = 64 * config.consumers
+    queries, outputs = rows * D * 2, rows * 64 * 2 + 112 if D == Dv == 128 else 0
+    once = FIXED + queries + outputs + config.stages * config.block * (D + Dv) * 2
     return once + queries if once + queries <= SHARED else once
 
 
@@ -45,8 +44,6 @@ def default(sig: AttentionSig | RaggedSig, arch: Arch) -> CudaConfig:
     head = padded(sig.D)
     if head == 256:
         return CudaConfig(2, 64, 2)
-    if head == 128 and isinstance(sig, AttentionSig) and sig.W * sig.S >= LONG:
-        return CudaConfig(2, 128, 2, 4)
     return CudaConfig(3, 128, 4) if head == 64 else CudaConfig(2, 128, 2)
 
 
@@ -54,7 +51,6 @@ def candidates(sig: AttentionSig | RaggedSig, arch: Arch) -> list[CudaConfig]:
     every = [
         default(sig, arch),
         CudaConfig(2, 128, 2),
-        CudaConfig(2, 128, 2, 4),
         CudaConfig(2, 64, 2),
         CudaConfig(2, 64, 3),
         CudaConfig(2, 64, 4),
@@ -78,7 +74,16 @@ def ragged_bucket(sig: RaggedSig) -> str:
     return f"H{sig.H}-Hk{sig.Hk}-D{sig.D}-Dv{sig.Dv}-B{pow2(sig.B)}-T{pow2(sig.T)}"
 
 
-PARTS = ("prefill/prefill_sm90", "prefill/prefill_softmax", "prefill/prefill_schedule", "common/wgmma_sm90")
+PARTS = (
+    "prefill/prefill_sm90",
+    "prefill/prefill_softmax",
+    "prefill/prefill_overlap_sm90",
+    "prefill/prefill_overlap_shared",
+    "prefill/prefill_overlap_load",
+    "prefill/prefill_overlap_softmax",
+    "prefill/prefill_schedule",
+    "common/wgmma_sm90",
+)
 SOURCES = tuple(f"csrc/cuda/{part}.cuh" for part in PARTS)
 CUDA = Space("paged_prefill", "cuda_sm90", CudaConfig, default, candidates, bucket, sources=SOURCES)
 RAGGED = Space("mla_prefill", "cuda_sm90", CudaConfig, default, candidates, ragged_bucket, sources=SOURCES)

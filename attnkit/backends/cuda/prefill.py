@@ -6,7 +6,7 @@ mla_prefill.py beside this describes keys without pages to the same kernel; pref
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def padded(sig: AttentionSig | RaggedSig) -> tuple[int, int]:
 
 def _variant(sig: AttentionSig | RaggedSig, dtype: torch.dtype, config: prefill_cuda.CudaConfig) -> images.Variant:
     D, Dv = padded(sig)
-    return builds.build(D, Dv, dtype == torch.bfloat16, config.consumers, config.block, config.stages, config.loaders)
+    return builds.build(D, Dv, dtype == torch.bfloat16, *astuple(config))
 
 
 def _map(sizes: list[int], strides: list[int], box: list[int], item: int = 2) -> Any:

@@ -8,6 +8,7 @@ from attnkit.backends.cuda import images, launch
 from attnkit.backends.cuda.builds import prefill as builds
 from attnkit.backends.cuda.prefill import POINTERS, Keys, Program, declined, padded, prepare_program
 from attnkit.check import QUANTISED
+from attnkit.configs import prefill_cuda
 from attnkit.dispatch import Kernel, Plan
 from attnkit.signature import AttentionSig
 
@@ -33,7 +34,7 @@ def shared_bytes(D: int, Dv: int) -> int:
     """What csrc/cuda/prefill/prefill_q8_sm90.cuh's SharedBytes says."""
     stages, raw = builds.Q8_STAGES[D, Dv]
     rows = 64 * CONSUMERS
-    fixed = 1024 + 640 + 1024 * 6 + 16 + 2 * rows * 4
+    fixed = prefill_cuda.FIXED + 2 * rows * 4
     return fixed + rows * D * 2 + stages * BLOCK * (D + Dv) * 2 + raw * RAW_BYTES
 
 

@@ -37,6 +37,17 @@ ATTNKIT_DEVICE void store_shared_16(u32 to, u32 x, u32 y, u32 z, u32 w) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
+// Four bytes to two f16 pairs.
+template <int KvType>
+ATTNKIT_DEVICE void widen_in_order(u32 x, u32& lo, u32& hi) {
+  if constexpr (KvType == kE4m3) {  // without a permutation that changes nothing, and costs an instruction
+    lo = e4m3x2_to_f16x2(static_cast<u16>(x));
+    hi = e4m3x2_to_f16x2(static_cast<u16>(x >> 16));
+  } else {
+    widen<KvType, 0, 1, 2, 3>(x, lo, hi);
+  }
+}
+
 // The warps that load. Issuing a box takes a warp some 150 cycles, so the boxes of a tile go round them; the first also
 // finds the items and says how many bytes will come.
 template <class Shape>
@@ -65,17 +76,20 @@ struct PrefillQ8Producer {
   template <bool Keys>
   ATTNKIT_DEVICE void load(const Tile& t, int block, int page) {
     constexpr int columns = Keys ? Shape::D : Shape::DV;
-    const int shift = p.page_shift, rows = min(1 << shift, Shape::BN), lane = threadIdx.x % 32;
+    const int shift = p.page_shift, rows = min(1 << shift, Shape::BN);
     const int limit = min(t.length, (t.block_end - 1) * Shape::BN + (Keys ? t.width : t.value_width(Shape::BN)));
     const int used = (limit + (1 << shift) - 1) >> shift;
     const int valid = min(Shape::BN / rows, used - ((block * Shape::BN) >> shift));
     const int slot = (block * Shape::BN) & ((1 << shift) - 1);
     const u32 to = s.ring + ring.stage * Shape::RawBytes, full = s.raw_full + 8 * ring.stage;
     mbarrier_wait(s.raw_empty + 8 * ring.stage, ring.parity ^ 1);
-    if (warp == 0 && lane == 0) mbarrier_arrive_expect(full, valid * rows * columns);
+    const void* map = Keys ? &p.k_map : &p.v_map;
+    const int head = t.h;
+    if (warp == 0 && elect_one()) mbarrier_arrive_expect(full, valid * rows * columns);
+#pragma unroll 1
     for (int i = warp; i < valid; i += Shape::Loaders) {
       const int from = __shfl_sync(~0u, page, i);
-      if (lane == 0) tma_load_4d(to + i * rows * columns, Keys ? &p.k_map : &p.v_map, full, 0, t.h, slot, from);
+      if (elect_one()) tma_load_4d(to + i * rows * columns, map, full, 0, head, slot, from);
     }
     __syncwarp();
     ring.next();
@@ -180,10 +194,10 @@ struct PrefillConverter {
         for (int i = 0; i < Batch; ++i) {
           const int unit = 2 * (first + i), column = unit / 8 * (Shape::BN * 128);
           u32 y[8];
-          widen<Shape::KvType, 0, 1, 2, 3>(x[i].x, y[0], y[1]);
-          widen<Shape::KvType, 0, 1, 2, 3>(x[i].y, y[2], y[3]);
-          widen<Shape::KvType, 0, 1, 2, 3>(x[i].z, y[4], y[5]);
-          widen<Shape::KvType, 0, 1, 2, 3>(x[i].w, y[6], y[7]);
+          widen_in_order<Shape::KvType>(x[i].x, y[0], y[1]);
+          widen_in_order<Shape::KvType>(x[i].y, y[2], y[3]);
+          widen_in_order<Shape::KvType>(x[i].z, y[4], y[5]);
+          widen_in_order<Shape::KvType>(x[i].w, y[6], y[7]);
           store_shared_16(to + column + wide_at(unit % 8), y[0], y[1], y[2], y[3]);
           store_shared_16(to + column + wide_at(unit % 8 + 1), y[4], y[5], y[6], y[7]);
         }

@@ -7,14 +7,10 @@
 // A persistent grid takes work from a counter; the blocks of one item follow those of the one before without a
 // gap: the next item's first product is issued before this item's output is written.
 #pragma once
-#include "../common/convert.cuh"
-#include "prefill_schedule.cuh"
+#include "prefill_products.cuh"
 #include "prefill_softmax.cuh"
-#include "../common/wgmma_sm90.cuh"
 
 namespace attnkit {
-
-constexpr int kItems = 3;
 
 // Shape of one build. D and DV are head sizes rounded up to 64s: TMA fills what lies beyond with zeros.
 template <int D_, int DV_, bool Bf16_, int Consumers_, int BN_, int Stages_, int Loaders_>
@@ -89,54 +85,6 @@ struct PrefillShared {
   }
 };
 
-// A ring's place: which stage, and the parity its barrier waits for.
-template <int Stages>
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-  ATTNKIT_DEVICE void next() {
-    if (++stage == Stages) stage = 0, parity ^= 1;
-  }
-};
-
-// Items as they go from the warp that finds them to those that work on them. They stay in shared memory while they
-// are worked on: registers are short everywhere.
-template <class Shape>
-struct Items {
-  const PrefillShared<Shape>& s;
-  Ring<kItems> now;
-
-  ATTNKIT_DEVICE Tile& operator*() const { return s.work[now.stage]; }
-  ATTNKIT_DEVICE void wait() const { mbarrier_wait(s.work_full + 8 * now.stage, now.parity); }
-  ATTNKIT_DEVICE void release() {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(s.work_empty + 8 * now.stage);
-    now.next();
-  }
-
-  // The item after this one, waited for.
-  ATTNKIT_DEVICE const Tile& following() const {
-    Ring<kItems> next = now;
-    next.next();
-    mbarrier_wait(s.work_full + 8 * next.stage, next.parity);
-    return s.work[next.stage];
-  }
-
-  // The first producer warp's side.
-  template <class Line>
-  ATTNKIT_DEVICE bool find(const Line& line, int index) {
-    mbarrier_wait(s.work_empty + 8 * now.stage, now.parity ^ 1);
-    Tile t{};
-    const bool more = line.find(index, t);
-    if (threadIdx.x % 32 == 0) {
-      **this = t;
-      mbarrier_arrive(s.work_full + 8 * now.stage);
-    }
-    __syncwarp();
-    return more;
-  }
-};
-
 template <class Shape>
 struct PrefillProducer {
   static constexpr int Parts = Shape::Loaders / 2;
@@ -149,19 +97,20 @@ struct PrefillProducer {
   // Rows of one box, boxes a tile: a page each, or one part of a page that is larger than a tile.
   ATTNKIT_DEVICE int box_rows() const { return min(1 << p.page_shift, Shape::BN); }
 
-  // One tile of K or V. TMA takes its coordinates from uniform registers, so one lane issues all boxes of a warp.
+  // One tile of K or V. TMA takes its coordinates from uniform registers, so one lane issues all boxes of a warp: an elected
+  // one, as ptxas makes a loop over lanes of any other branch.
   ATTNKIT_DEVICE void load_tile(const void* map, u32 full, u32 to, int columns, int head, int page, int valid, int slot) {
-    const int lane = threadIdx.x % 32, rows = box_rows();
-    if (part == 0 && lane == 0) mbarrier_arrive_expect(full, valid * rows * columns * 2);
+    const int rows = box_rows();
+    if (part == 0 && elect_one()) mbarrier_arrive_expect(full, valid * rows * columns * 2);
+#pragma unroll 1
     for (int i = 0; i < valid; ++i) {
       const int from = __shfl_sync(~0u, page, i);
-      if (lane == 0) {
-        for (int c = 0; c < columns / 64; ++c) {
-          if ((i * (columns / 64) + c) % Parts != part) continue;
-          tma_load_4d(to + c * (Shape::BN * 128) + i * rows * 128, map, full, c * 64, head, slot, from);
-        }
+      for (int c = 0; c < columns / 64; ++c) {
+        if ((i * (columns / 64) + c) % Parts != part || !elect_one()) continue;
+        tma_load_4d(to + c * (Shape::BN * 128) + i * rows * 128, map, full, c * 64, head, slot, from);
       }
     }
+    __syncwarp();
   }
 
   ATTNKIT_DEVICE void load_q(const Tile& t) {
@@ -210,99 +159,22 @@ struct PrefillProducer {
 };
 
 template <class Shape>
-struct PrefillConsumer {
-  static constexpr int BN = Shape::BN, Scores = BN / 2;
+struct PrefillConsumer : PrefillProducts<Shape, Rows> {
+  using Base = PrefillProducts<Shape, Rows>;
+  using typename Base::Place;
+  using Base::p, Base::s, Base::group, Base::lane, Base::k_ring, Base::q_ring, Base::items, Base::rows, Base::scores, Base::out,
+      Base::probabilities, Base::BN, Base::take_turn, Base::give_turn, Base::multiply_qk, Base::rescale, Base::release_k,
+      Base::release_v, Base::release_q, Base::wait_k, Base::wait_v, Base::wait_q, Base::clear_values_beyond, Base::place_rows;
+  static constexpr int Scores = BN / 2;
   static constexpr bool Halves = BN == 128;  // a tile's last block may be 64 keys wide
-  const PrefillParams& p;
-  const PrefillShared<Shape>& s;
-  const int group, lane;
-  Ring<Shape::Stages> k_ring, v_ring;
-  Ring<Shape::QStages> q_ring;
-  Items<Shape> items;
-  Rows rows;
   float unit[2];  // what the rows' scores are times, besides the scale
   int unit_set;
-  float scores[Scores], out[Shape::DV / 2];
-  u32 probabilities[BN / 4];
-
-  ATTNKIT_DEVICE void arrive(u32 barrier) const {
-    if (lane % 32 == 0) mbarrier_arrive(barrier);
-  }
-
-  // Named barriers 1 to Consumers pass the tensor cores from one warpgroup to the next.
-  ATTNKIT_DEVICE void take_turn() const {
-    if constexpr (Shape::Consumers > 1) named_barrier(1 + group, 256);
-  }
-  ATTNKIT_DEVICE void give_turn() const {
-    if constexpr (Shape::Consumers > 1) named_barrier_arrive(1 + (group + 1) % Shape::Consumers, 256);
-  }
-
-  // Descriptors count addresses in 16 bytes: moving an operand is one addition.
-  ATTNKIT_DEVICE void multiply_qk() {
-    const u64 q = wgmma_descriptor(s.q + group * (64 * 128), 16, 1024) + q_ring.stage * (Shape::QBytes / 16);
-    const u64 k = wgmma_descriptor(s.k, 16, 1024) + k_ring.stage * (Shape::KBytes / 16);
-    wgmma_hold(scores);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < Shape::D / 16; ++i) {
-      wgmma_ss<Shape::Bf16>(scores, q + i / 4 * (Shape::Rows * 8) + i % 4 * 2, k + i / 4 * (BN * 8) + i % 4 * 2, i > 0);
-    }
-    wgmma_commit();
-  }
-
-  // Keys: of a narrow block, the first 64. The sum starts anew where ``accumulate`` is 0, whatever ``out`` holds.
-  template <int Keys>
-  ATTNKIT_DEVICE void multiply_pv(int accumulate) {
-    const u64 v = wgmma_descriptor(s.v, BN * 128, 1024) + v_ring.stage * (Shape::VBytes / 16);
-    wgmma_hold(out);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < Keys / 16; ++i) {
-      wgmma_rs_transposed<Shape::Bf16>(out, probabilities + 4 * i, v + i * 128, i > 0 ? 1 : accumulate);
-    }
-    wgmma_commit();
-  }
-
-  // Slots at and beyond L may hold NaN, and zero times NaN is NaN: their value rows become zero.
-  ATTNKIT_DEVICE void clear_values_beyond(const Tile& t) {
-    const int first = t.length - (t.block_end - 1) * BN, width = t.value_width(BN);
-    if (first >= width) return;
-    const u32 v = s.v + v_ring.stage * Shape::VBytes;
-    constexpr int PerRow = Shape::DV / 8;
-    for (int i = group * 128 + lane; i < (width - first) * PerRow; i += 128 * Shape::Consumers) {
-      const int r = first + i / PerRow, unit = i % PerRow;
-      store_shared_zeros(v + unit / 8 * (BN * 128) + r * 128 + unit % 8 * 16);
-    }
-    fence_async_shared();
-    named_barrier(5, 128 * Shape::Consumers);
-  }
 
   template <int N>
   ATTNKIT_DEVICE void round_probabilities() {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) probabilities[i] = pack<Shape::Bf16>(scores[2 * i], scores[2 * i + 1]);
   }
-
-  ATTNKIT_DEVICE void rescale(const float (&decay)[2]) {
-#pragma unroll
-    for (int i = 0; i < Shape::DV / 2; ++i) out[i] *= decay[i / 2 % 2];
-  }
-
-  ATTNKIT_DEVICE void release_k() {
-    arrive(s.k_empty + 8 * k_ring.stage);
-    k_ring.next();
-  }
-  ATTNKIT_DEVICE void release_v() {
-    arrive(s.v_empty + 8 * v_ring.stage);
-    v_ring.next();
-  }
-  ATTNKIT_DEVICE void release_q() {
-    arrive(s.q_empty + 8 * q_ring.stage);
-    q_ring.next();
-  }
-  ATTNKIT_DEVICE void wait_k() const { mbarrier_wait(s.k_full + 8 * k_ring.stage, k_ring.parity); }
-  ATTNKIT_DEVICE void wait_v() const { mbarrier_wait(s.v_full + 8 * v_ring.stage, v_ring.parity); }
-  ATTNKIT_DEVICE void wait_q() const { mbarrier_wait(s.q_full + 8 * q_ring.stage, q_ring.parity); }
 
   // What a loop over blocks asks again and again, out of shared memory.
   struct Span {
@@ -374,7 +246,7 @@ struct PrefillConsumer {
     take_turn();
     multiply_qk();
     wait_v();
-    multiply_pv<Keys>(accumulate);
+    this->template multiply_pv<Keys>(accumulate);
     give_turn();
     wgmma_wait<1>();
     wgmma_hold(scores);
@@ -386,27 +258,6 @@ struct PrefillConsumer {
     release_v();
     round_probabilities<Scores>();
     if (shrinks) rescale(decay);
-  }
-
-  // The thread's two rows: which token and head each is, and which keys it sees.
-  struct Place {
-    int token[2], head[2];
-  };
-  ATTNKIT_DEVICE Place place_rows(const Tile& t) {
-    Place at;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = group * 64 + lane / 32 * 16 + lane % 32 / 4 + 8 * r;
-      const int in_tile = row * p.g_magic >> 20;
-      at.token[r] = t.token0 + in_tile;
-      at.head[r] = t.h * p.G + row - in_tile * p.G;
-      const bool real = in_tile < p.tile_tokens && at.token[r] < t.tokens;
-      const int key = t.length - t.tokens + at.token[r];
-      rows.high[r] = !real || key < 0 ? 0 : p.causal ? key + 1 : p.window ? min(t.length, key + p.window) : t.length;
-      rows.low[r] = p.window ? key - p.window + 1 : 0;
-      if (!real) at.token[r] = -1;
-    }
-    return at;
   }
 
   // After wait_q() of the item.
@@ -441,7 +292,7 @@ struct PrefillConsumer {
           if ((*items).pieces > 1 || next.blocks() <= 0) break;
           wait_v();
           take_turn();
-          multiply_pv<BN>((*items).blocks() > 1);
+          this->template multiply_pv<BN>((*items).blocks() > 1);
           wait_q();
           wait_k();
           multiply_qk();
@@ -458,7 +309,7 @@ struct PrefillConsumer {
           release_k();
         }
         wait_v();
-        multiply_pv<BN>((*items).blocks() > 1);
+        this->template multiply_pv<BN>((*items).blocks() > 1);
         wgmma_wait<0>();
         wgmma_hold(out);
         release_v();

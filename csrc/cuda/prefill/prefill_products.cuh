@@ -1,0 +1,119 @@
+// What a warpgroup that attends is made of, in both kernels: its registers and rings, its two products, its turns at the
+// tensor cores, and which rows it has.
+#pragma once
+#include "../common/convert.cuh"
+#include "prefill_items.cuh"
+#include "../common/wgmma_sm90.cuh"
+
+namespace attnkit {
+
+// Rows: what happens to the scores (prefill_softmax.cuh, prefill_overlap_softmax.cuh).
+template <class Shape, class Rows>
+struct PrefillProducts {
+  static constexpr int BN = Shape::BN;
+  const PrefillParams& p;
+  const PrefillShared<Shape>& s;
+  const int group, lane;
+  Ring<Shape::Stages> k_ring, v_ring;
+  Ring<Shape::QStages> q_ring;
+  Items<Shape> items;
+  Rows rows;
+  float scores[BN / 2], out[Shape::DV / 2];
+  u32 probabilities[BN / 4];
+
+  ATTNKIT_DEVICE void arrive(u32 barrier) const {
+    if (lane % 32 == 0) mbarrier_arrive(barrier);
+  }
+
+  ATTNKIT_DEVICE void release_k() {
+    arrive(s.k_empty + 8 * k_ring.stage);
+    k_ring.next();
+  }
+  ATTNKIT_DEVICE void release_v() {
+    arrive(s.v_empty + 8 * v_ring.stage);
+    v_ring.next();
+  }
+  ATTNKIT_DEVICE void release_q() {
+    arrive(s.q_empty + 8 * q_ring.stage);
+    q_ring.next();
+  }
+  ATTNKIT_DEVICE void wait_k() const { mbarrier_wait(s.k_full + 8 * k_ring.stage, k_ring.parity); }
+  ATTNKIT_DEVICE void wait_v() const { mbarrier_wait(s.v_full + 8 * v_ring.stage, v_ring.parity); }
+  ATTNKIT_DEVICE void wait_q() const { mbarrier_wait(s.q_full + 8 * q_ring.stage, q_ring.parity); }
+
+  // Named barriers 1 to Consumers pass the tensor cores from one warpgroup to the next.
+  ATTNKIT_DEVICE void take_turn() const {
+    if constexpr (Shape::Consumers > 1) named_barrier(1 + group, 256);
+  }
+  ATTNKIT_DEVICE void give_turn() const {
+    if constexpr (Shape::Consumers > 1) named_barrier_arrive(1 + (group + 1) % Shape::Consumers, 256);
+  }
+
+  // Descriptors count addresses in 16 bytes: moving an operand is one addition.
+  ATTNKIT_DEVICE void multiply_qk() {
+    const u64 q = wgmma_descriptor(s.q + group * (64 * 128), 16, 1024) + q_ring.stage * (Shape::QBytes / 16);
+    const u64 k = wgmma_descriptor(s.k, 16, 1024) + k_ring.stage * (Shape::KBytes / 16);
+    wgmma_hold(scores);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < Shape::D / 16; ++i) {
+      wgmma_ss<Shape::Bf16>(scores, q + i / 4 * (Shape::Rows * 8) + i % 4 * 2, k + i / 4 * (BN * 8) + i % 4 * 2, i > 0);
+    }
+    wgmma_commit();
+  }
+
+  // Keys: of a narrow block, the first 64. The sum starts anew where ``accumulate`` is 0, whatever ``out`` holds.
+  template <int Keys>
+  ATTNKIT_DEVICE void multiply_pv(int accumulate) {
+    const u64 v = wgmma_descriptor(s.v, BN * 128, 1024) + v_ring.stage * (Shape::VBytes / 16);
+    wgmma_hold(out);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < Keys / 16; ++i) {
+      wgmma_rs_transposed<Shape::Bf16>(out, probabilities + 4 * i, v + i * 128, i > 0 ? 1 : accumulate);
+    }
+    wgmma_commit();
+  }
+
+  ATTNKIT_DEVICE void rescale(const float (&decay)[2]) {
+#pragma unroll
+    for (int i = 0; i < Shape::DV / 2; ++i) out[i] *= decay[i / 2 % 2];
+  }
+
+  // Slots at and beyond L may hold NaN, and zero times NaN is NaN: their value rows become zero.
+  ATTNKIT_DEVICE void clear_values_beyond(const Tile& t) {
+    const int first = t.length - (t.block_end - 1) * BN, width = t.value_width(BN);
+    if (first >= width) return;
+    const u32 v = s.v + v_ring.stage * Shape::VBytes;
+    constexpr int PerRow = Shape::DV / 8;
+    for (int i = group * 128 + lane; i < (width - first) * PerRow; i += 128 * Shape::Consumers) {
+      const int r = first + i / PerRow, unit = i % PerRow;
+      store_shared_zeros(v + unit / 8 * (BN * 128) + r * 128 + unit % 8 * 16);
+    }
+    fence_async_shared();
+    named_barrier(5, 128 * Shape::Consumers);
+  }
+
+  // The thread's two rows: which token and head each is, and which keys it sees.
+  struct Place {
+    int token[2], head[2];
+  };
+  ATTNKIT_DEVICE Place place_rows(const Tile& t) {
+    Place at;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = group * 64 + lane / 32 * 16 + lane % 32 / 4 + 8 * r;
+      const int in_tile = row * p.g_magic >> 20;
+      at.token[r] = t.token0 + in_tile;
+      at.head[r] = t.h * p.G + row - in_tile * p.G;
+      const bool real = in_tile < p.tile_tokens && at.token[r] < t.tokens;
+      const int key = t.length - t.tokens + at.token[r];
+      rows.high[r] = !real || key < 0 ? 0 : p.causal ? key + 1 : p.window ? min(t.length, key + p.window) : t.length;
+      rows.low[r] = p.window ? key - p.window + 1 : 0;
+      if (!real) at.token[r] = -1;
+    }
+    return at;
+  }
+};
+
+}  // namespace attnkit
