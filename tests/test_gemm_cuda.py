@@ -158,6 +158,19 @@ def test_repeats_are_bitwise_equal(splits, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [n for n in builds.WIDTHS[False] if builds.parts(False, n) == 2])
+@pytest.mark.parametrize("slices", [1, 2, 3, 4, 5, 8])
+def test_two_sets_of_sums_over_several_tiles(slices, width):
+    """Odd and even numbers of slices, one tile a CTA and several: the next tile's first product is in flight by the end of one."""
+    for M, N, clusters in ((100, 1000, (1, 1, 1)), (700, 9001, (2, 1, 1)), (1000, 9000, (1, 1, 1)), (600, 9000, (2, 2, 1))):
+        a, w, a_scale, w_scale = inputs(M, N, slices * 128 - 16, torch.float8_e4m3fn)
+        config = CudaConfig(128, width, *clusters, 3)
+        first = run(a, w, a_scale, w_scale, config)
+        close(a, w, a_scale, w_scale, None, first)
+        assert all(torch.equal(first, run(a, w, a_scale, w_scale, config)) for _ in range(20))
+
+
+@pytest.mark.gpu
 def test_nothing_beyond_the_output_is_written():
     a, w, a_scale, w_scale = inputs(130, 1001, 256, torch.int8)
     for out_dtype in (torch.bfloat16, torch.float32):

@@ -100,7 +100,8 @@ def default(sig: Sig, arch: Arch) -> CudaConfig:
     form, sixteen = form_of(sig), sig.dtype != torch.float32
     if sig.M <= 2 * arch.sms and sig.K <= builds.most_warps(form, 1) * 32 * builds.CHUNK:
         return config_for(sig, 1)
-    if not sixteen or (sig.M <= 12 * arch.sms and sig.K <= builds.most_warps(form, 2) * 2 * 32 * builds.CHUNK):
+    longest = builds.most_warps(form, 2) * 2 * 32 * builds.CHUNK
+    if not sixteen or (sig.M <= 12 * arch.sms and sig.K <= longest) or (form == builds.PLAIN and sig.K <= longest // 2):
         return config_for(sig, 2)
     if sig.M >= 4 * arch.sms and (form == builds.SILU_MUL or (form == builds.RMS_NORM and not has_residual(sig))):
         found = streamed(sig)

@@ -101,6 +101,8 @@ struct GemmRing {
     parity ^= (stage + n) / Stages & 1;
     stage = (stage + n) % Stages;
   }
+  // The stage so many before this one.
+  ATTNKIT_DEVICE int back(int n) const { return stage >= n ? stage - n : stage + Stages - n; }
 };
 
 // This CTA's place in its cluster, and the line of tiles its cluster takes every so many of. cluster_m, cluster_n and
@@ -209,23 +211,28 @@ ATTNKIT_DEVICE void gemm_load_scales(const GemmParams& p, const GemmShared<Shape
   }
 }
 
+// Of a descriptor the low word alone changes. e4m3 takes it by itself, so that all of the address is computed in uniform
+// registers; the widest int8 builds would spill.
 template <bool Int8>
 struct GemmSum {
   using Type = int;
+  using Low = u64;
 };
 template <>
 struct GemmSum<false> {
   using Type = float;
+  using Low = u32;
 };
 
 template <class Shape>
 struct GemmConsumer {
   using Sum = typename GemmSum<Shape::Int8>::Type;
+  using Low = typename GemmSum<Shape::Int8>::Low;
   static constexpr int Count = Shape::BN / 2, Halves = Shape::Halves;
   const GemmParams& p;
   const GemmShared<Shape>& s;
   GemmWalk<Shape> walk;
-  const int group;                 // warpgroup
+  const int group;                 // warpgroup; of e4m3 the compiler knows that it is every lane's
   u32 release_to;                  // cluster address of ``empty`` in the CTA that this lane tells
   bool releases;
   GemmRing<Shape::Stages> ring;
@@ -233,7 +240,7 @@ struct GemmConsumer {
   Sum sums[Halves][Count];
 
   ATTNKIT_DEVICE GemmConsumer(const GemmParams& p, const GemmShared<Shape>& s)
-      : p(p), s(s), walk(p), group(threadIdx.x / 128) {
+      : p(p), s(s), walk(p), group(Shape::Int8 ? threadIdx.x / 128 : __shfl_sync(~0u, threadIdx.x / 128, 0)) {
     const int lane = threadIdx.x % 32;
     // Slices come from all CTAs in this one's row and column of the cluster: each waits for room here.
     const int i = lane - p.cluster_m, n = i < 0 ? walk.n() : i + (i >= walk.n()), m = i < 0 ? lane : walk.m();
@@ -262,14 +269,15 @@ struct GemmConsumer {
   }
 
   ATTNKIT_DEVICE void multiply(Sum (&d)[Halves][Count], int accumulate) const {
-    const u64 base = ring.stage * (Shape::StageBytes / 16);
-    const u64 a = wgmma_descriptor(s.ring + (Shape::Turns ? 0 : group) * (64 * 128), 16, 1024) + base;
-    const u64 w = wgmma_descriptor(s.ring + Shape::ABytes, 16, 1024) + base;
+    const Low base = ring.stage * (Shape::StageBytes / 16);
+    const u64 first = wgmma_descriptor(s.ring, 16, 1024), high = sizeof(Low) == 4 ? first >> 32 << 32 : 0;
+    const Low a = static_cast<Low>(wgmma_descriptor(s.ring + (Shape::Turns ? 0 : group) * (64 * 128), 16, 1024)) + base;
+    const Low w = static_cast<Low>(wgmma_descriptor(s.ring + Shape::ABytes, 16, 1024)) + base;
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int h = 0; h < Halves; ++h) Wgmma8<Shape::BN>::multiply(d[h], a + 512 * h + 2 * i, w + 2 * i, i > 0 ? 1 : accumulate);
+      for (int h = 0; h < Halves; ++h) Wgmma8<Shape::BN>::multiply(d[h], high | (a + 512 * h + 2 * i), high | (w + 2 * i), i > 0 ? 1 : accumulate);
     }
     wgmma_commit();
   }
@@ -305,16 +313,16 @@ struct GemmConsumer {
     for (int i = 0; i < Count; ++i) sums[0][i] += part[0][i];
   }
 
-  // e4m3: the tensor core's sums keep some 14 bits, so every 128 of K are added up in float32 registers.
-  ATTNKIT_DEVICE void add_up_promoted() {
+  ATTNKIT_DEVICE void clear() {
 #pragma unroll
     for (int i = 0; i < Count; ++i) sums[0][i] = 0;
-    int steps = walk.last() - walk.first();
-    if constexpr (Shape::Parts == 2) {
-      for (; steps >= Run; steps -= Run) add_up_run();
-    }
+  }
+
+  // e4m3: the tensor core's sums keep some 14 bits, so every 128 of K are added up in float32 registers.
+  ATTNKIT_DEVICE void add_up_promoted() {
+    clear();
     Sum part[Halves][Count];
-    for (; steps > 0; --steps) {
+    for (int steps = walk.last() - walk.first(); steps > 0; --steps) {
       mbarrier_wait(s.full + 8 * ring.stage, ring.parity);
       multiply(part, 0);
       wgmma_wait<0>();
@@ -325,44 +333,80 @@ struct GemmConsumer {
     }
   }
 
-  // ``Run`` slices, each multiplied while the one before it is added up. Unrolled, since ptxas does not follow sums that
-  // are read beside a product in flight round a loop: it would serialise them.
-  static constexpr int Run = 8;
-  ATTNKIT_DEVICE void add_up_run() {
-    Sum part[2][Halves][Count];
-#pragma unroll
-    for (int i = 0; i <= Run; ++i) {
-      const int before = ring.stage == 0 ? Shape::Stages - 1 : ring.stage - 1;
-      if (i < Run) {
-        mbarrier_wait(s.full + 8 * ring.stage, ring.parity);
-        multiply(part[i % 2], 0);
-        ring.next();
+  // Two sets of e4m3 sums: the next slice into one, while the other's, which came before, is added up.
+  ATTNKIT_DEVICE void begin(Sum (&to)[Halves][Count]) {
+    mbarrier_wait(s.full + 8 * ring.stage, ring.parity);
+    multiply(to, 0);
+    ring.next();
+  }
+
+  ATTNKIT_DEVICE void step(Sum (&to)[Halves][Count], Sum (&from)[Halves][Count]) {
+    begin(to);
+    wgmma_wait<1>();
+    hold(from);
+    release(ring.back(2));
+    promote(from);
+  }
+
+  ATTNKIT_DEVICE void end(Sum (&from)[Halves][Count]) {
+    wgmma_wait<0>();
+    hold(from);
+    release(ring.back(1));
+    promote(from);
+  }
+
+  // A tile's last slice is added up while the first of the next is multiplied, which goes on while the tile is finished. The
+  // last tile stands by itself: ptxas would serialise products that are in flight at a branch that may leave the loop.
+  ATTNKIT_DEVICE void run_ahead() {
+    const int left = walk.last() - walk.first() - 1;
+    if (!walk.find()) return;
+    Sum one[Halves][Count], two[Halves][Count];
+    int row, column;
+    float scale[2];
+    begin(one);
+    while (true) {
+      row = first_row(), column = walk.column;
+      load_row_scales(row, scale);
+      clear();
+      walk.next();
+      if (!walk.find()) break;
+      for (int pairs = (left + 1) / 2; pairs > 0; --pairs) {
+        step(two, one);
+        step(one, two);
       }
-      if (i == 0) continue;
-      if (i < Run) {
-        wgmma_wait<1>();
-      } else {
-        wgmma_wait<0>();
+      if (left % 2 == 0) {
+        end(one);
+        begin(one);
       }
-      hold(part[(i + 1) % 2]);
-      release(before);
-      promote(part[(i + 1) % 2]);
+      finish<false>(row, column, scale);
     }
+    for (int pairs = left / 2; pairs > 0; --pairs) {
+      step(two, one);
+      step(one, two);
+    }
+    if (left % 2) {
+      step(two, one);
+      end(two);
+    } else {
+      end(one);
+    }
+    finish<true>(row, column, scale);
   }
 
-  ATTNKIT_DEVICE int first_row(int half) const {
-    return walk.row + (Shape::Turns ? half : group) * 64 + opaque(threadIdx.x) / 32 % 4 * 16;
+  ATTNKIT_DEVICE int first_row() const {
+    return walk.row + (Shape::Turns ? 0 : group) * 64 + opaque(threadIdx.x) / 32 % 4 * 16;
   }
 
-  ATTNKIT_DEVICE void load_row_scales(int half, float (&scale)[2]) const {
-    const int row = first_row(half) + opaque(threadIdx.x) % 32 / 4;
+  // Of the thread's two rows; ``first``: the warp's.
+  ATTNKIT_DEVICE void load_row_scales(int first, float (&scale)[2]) const {
+    const int row = first + opaque(threadIdx.x) % 32 / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) scale[r] = p.a_scale[p.a_rows ? min(row + 8 * r, p.M - 1) : 0];
   }
 
   // Every CTA of a split gets all pieces of its share of the columns and adds them up in the order of K.
   template <int Splits>
-  ATTNKIT_DEVICE void meet(GemmRows& rows) const {
+  ATTNKIT_DEVICE void meet(GemmRows& rows, int column) const {
     constexpr int Share = (Shape::Groups + Splits - 1) / Splits, Slot = 16 * 128 * Shape::Consumers;
     const u32 at = s.ring + opaque(threadIdx.x) * 16;
     cluster_meet();  // nobody reads the ring any more
@@ -388,7 +432,7 @@ struct GemmConsumer {
     }
     const int skip = walk.k() * Share * 8;
     rows.scales += skip * 8;
-    rows.template store<Share>(total, walk.column + skip, share);
+    rows.template store<Share>(total, column + skip, share);
   }
 
   static ATTNKIT_DEVICE u32 bits(int x) { return static_cast<u32>(x); }
@@ -401,34 +445,40 @@ struct GemmConsumer {
     for (int e = 0; e < 4; ++e) to[e] = more ? to[e] + of_bits(x[e], Sum()) : of_bits(x[e], Sum());
   }
 
-  ATTNKIT_DEVICE void run() {
+  // A tile whose sums are complete; ``row``: this warp's first. A split's tile is its CTA's last.
+  template <bool Last>
+  ATTNKIT_DEVICE void finish(int row, int column, float (&scale)[2]) {
     const GemmOut out{p.out, p.out_m, p.M, p.N, p.out_type, p.whole};
+    mbarrier_wait(s.scale_full + 8 * scale_ring.stage, scale_ring.parity);
+    const u32 scales = opaque(s.scales + scale_ring.stage * (Shape::BN * 8));
+    const u32 staging = s.staging + opaque(threadIdx.x) / 32 * 2048;
+#pragma unroll
+    for (int h = 0; h < Halves; ++h) {
+      if constexpr (Shape::Turns) load_row_scales(row + 64 * h, scale);
+      GemmRows rows{out, row + 64 * h, {scale[0], scale[1]}, scales, staging};
+      if (Shape::Turns || !Last || p.splits == 1) {
+        rows.template store<Shape::Groups>(sums[h], column, Shape::Groups);
+      } else if (p.splits == 2) {
+        meet<2>(rows, column);
+      } else {
+        meet<4>(rows, column);
+      }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(s.scale_empty + 8 * scale_ring.stage);
+    scale_ring.next();
+  }
+
+  ATTNKIT_DEVICE void run() {
     for (; walk.find(); walk.next()) {
       float scale[2];
-      if constexpr (!Shape::Turns) load_row_scales(0, scale);
+      if constexpr (!Shape::Turns) load_row_scales(first_row(), scale);
       if constexpr (Shape::Int8) {
         add_up_exact();
       } else {
         add_up_promoted();
       }
-      mbarrier_wait(s.scale_full + 8 * scale_ring.stage, scale_ring.parity);
-      const u32 scales = opaque(s.scales + scale_ring.stage * (Shape::BN * 8));
-      const u32 staging = s.staging + opaque(threadIdx.x) / 32 * 2048;
-#pragma unroll
-      for (int h = 0; h < Halves; ++h) {
-        if constexpr (Shape::Turns) load_row_scales(h, scale);
-        GemmRows rows{out, first_row(h), {scale[0], scale[1]}, scales, staging};
-        if (Shape::Turns || p.splits == 1) {
-          rows.template store<Shape::Groups>(sums[h], walk.column, Shape::Groups);
-        } else if (p.splits == 2) {
-          meet<2>(rows);
-        } else {
-          meet<4>(rows);
-        }
-      }
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(s.scale_empty + 8 * scale_ring.stage);
-      scale_ring.next();
+      finish<true>(first_row(), walk.column, scale);
       if constexpr (Shape::Turns) pass();
     }
   }
@@ -461,7 +511,12 @@ ATTNKIT_DEVICE void gemm(const GemmParams& p) {
     if (p.splits > 1) cluster_meet();  // beside GemmConsumer::meet
   } else {
     registers_raise<Shape::ConsumerRegisters>();
-    GemmConsumer<Shape>(p, s).run();
+    GemmConsumer<Shape> consumer(p, s);
+    if constexpr (Shape::Parts == 2) {
+      consumer.run_ahead();
+    } else {
+      consumer.run();
+    }
   }
   if (!alone) cluster_meet();  // others may still signal this CTA's barriers
 }
