@@ -10,7 +10,7 @@ from torch import Tensor
 from attnkit import attention, check, registry, settings
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import attention as cpu_attention
-from attnkit.backends.cuda import mla_narrow, mla_wide
+from attnkit.backends.cuda import mla_narrow, mla_wide, mla_wide_fp8
 from attnkit.backends.cuda import mla_prefill as cuda_mla_prefill
 from attnkit.backends.triton import mla as triton_mla
 from attnkit.cache import PageTable
@@ -22,6 +22,7 @@ DECODE, PREFILL = "mla_decode", "mla_prefill"
 DECODE_KERNELS = (
     mla_narrow.MLA_DECODE,
     mla_wide.MLA_DECODE,
+    mla_wide_fp8.MLA_DECODE,
     triton_mla.MLA_DECODE,
     cpu_attention.MLA_DECODE,
     torch_ref.MLA_DECODE,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import attnkit
-from attnkit import arch, dispatch
+from attnkit import arch, dispatch, workspace
 from attnkit.backends.cuda.builds import mla_narrow as builds
 from attnkit.configs.mla_narrow_cuda import CUDA, CudaConfig
 from tests import latents
@@ -59,12 +61,10 @@ def test_sizes_and_fp16(C, dtype):
 
 
 CUTS = {
-    "one": CudaConfig(1, 1, 1),
-    "even": CudaConfig(100, 1, 1),
-    "least": CudaConfig(100, 3, 1),
-    "clusters": CudaConfig(91, 1, 8),
-    "one-cluster": CudaConfig(6, 1, 8),
-    "pairs": CudaConfig(100, 1, 2),
+    "one": CudaConfig(1, 1),
+    "even": CudaConfig(100, 1),
+    "least": CudaConfig(100, 3),
+    "few": CudaConfig(6, 1),
 }
 
 
@@ -80,10 +80,21 @@ def test_any_division_of_the_work(lens, cut, fp8):
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_repeats_are_bit_equal(fp8):
     x = latents.make((1, 700, 3000, 64, 9000, 0, 130), "cuda", S=64, fp8=fp8)
-    for config in (CUTS["even"], CUTS["clusters"]):
-        first = call(x.q, x.kv, x.table, config=config)
-        for _ in range(250):
-            assert torch.equal(call(x.q, x.kv, x.table, config=config), first)
+    first = call(x.q, x.kv, x.table, config=CUTS["even"])
+    for _ in range(250):
+        assert torch.equal(call(x.q, x.kv, x.table, config=CUTS["even"]), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("lens", [(20000,), (3000, 2900, 40), (2048,) * 16], ids=str)
+def test_who_does_not_wait_gets_the_same_bits(lens, fp8):
+    """With no patience the last piece to come adds up all; counters are zero again after that."""
+    x = latents.make(lens, "cuda", S=64, fp8=fp8)
+    first = call(x.q, x.kv, x.table, config=CUTS["even"])
+    for _ in range(20):
+        assert torch.equal(call(x.q, x.kv, x.table, config=replace(CUTS["even"], patience=0)), first)
+    assert all(int(held.count_nonzero()) == 0 for held in workspace._eager_counters.values())
 
 
 @pytest.mark.gpu
@@ -163,7 +174,7 @@ def test_configs_are_distinct_and_hold_the_default():
     hopper = arch.Arch(name="h", sm=90, sms=132, smem=232448, l2=60 << 20)
     found = CUDA.candidates(sig, hopper)
     assert len(set(found)) == len(found) and CUDA.default(sig, hopper) in found
-    assert CUDA.default(_sig(B=64, L=16384), hopper) == CudaConfig(100, 1, 1)
+    assert CUDA.default(_sig(B=64, L=16384), hopper) == CudaConfig(100, 1)
 
 
 def _sig(B: int, L: int):

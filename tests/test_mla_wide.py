@@ -37,6 +37,10 @@ CASES = [
     replace(BASE, lens=(2048,) * 16),  # four groups a sequence
     replace(BASE, lens=(6000, 300), dtype=torch.float16),  # pieces meet in float32
     replace(BASE, lens=(2000,) * 9, dtype=torch.float16),
+    replace(BASE, lens=(8192,), dtype=torch.float16),
+    replace(BASE, Hq=64, lens=(9000,)),  # more pieces than rows to share
+    replace(BASE, Hq=40, Q=3, lens=(6000, 100)),  # rows that nobody has among those to share
+    replace(BASE, lens=(2900, 1500, 1200, 700), sinks=True),  # from 5 to 30 pieces a sequence
 ]
 
 

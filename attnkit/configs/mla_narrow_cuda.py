@@ -16,33 +16,23 @@ class CudaConfig:
     """
     grid       CTAs the work is divided over, in percent of the multiprocessors
     min_tiles  tiles of 64 tokens that a CTA gets at least, where there are enough
-    cluster    CTAs that add up pieces together: 1 or 8 (1 where the call is batch-invariant)
+    patience   how often a CTA asks whether the other pieces of a sequence have come, before it leaves its share of adding
+               them up to the last of them (0: at once; the same bits)
     """
 
     grid: int
     min_tiles: int
-    cluster: int
-
-
-#: CTAs in percent of the multiprocessors that clusters of 8 find room for: 15 clusters on 132.
-ROOM = 91
+    patience: int = 1 << 16
 
 
 def default(sig: Any, arch: Arch) -> CudaConfig:
-    """Where all is over in a few tiles, fewer and larger pieces cost less to add up than they save.
-
-    Clusters add up a sequence's pieces in a fraction of the time, and cost some microseconds otherwise: worth it where
-    a sequence has many pieces.
-    """
+    """Where all is over in a few tiles, fewer and larger pieces cost less to add up than they save."""
     tiles = sig.B * -(-sig.W * sig.S // TILE)
-    few = tiles <= 4 * arch.sms
-    if few and sig.B <= 8 and not sig.batch_invariant:
-        return CudaConfig(grid=ROOM, min_tiles=2, cluster=8)
-    return CudaConfig(grid=100, min_tiles=2 if few else 1, cluster=1)
+    return CudaConfig(grid=100, min_tiles=2 if tiles <= 4 * arch.sms else 1)
 
 
 def candidates(sig: Any, arch: Arch) -> list[CudaConfig]:
-    return [CudaConfig(g, m, c) for g, c in ((100, 1), (50, 1), (ROOM, 8)) for m in (1, 2, 4, 8)]
+    return [CudaConfig(g, m) for g in (100, 50) for m in (1, 2, 4, 8)]
 
 
 CUDA = Space(

@@ -86,10 +86,8 @@ def _maps(sig: MlaSig) -> list[tuple[int, int, Any]]:
     return [(PARAMS.offsets["k_map"], EACH_CALL.index("k"), kv), (PARAMS.offsets["q_map"], EACH_CALL.index("q"), q)]
 
 
-def _grid(ctas: int, B: int, most_tiles: int, cluster: int) -> int:
+def _grid(ctas: int, B: int, most_tiles: int) -> int:
     """CTAs of a launch: a few fewer than ``ctas`` where that cuts sequences of one length alike, so that fewer pieces meet."""
-    if cluster > 1:
-        return max(cluster, ctas // cluster * cluster)
     even = ctas // B * B if B <= ctas else -(-B // -(-B // ctas))
     return max(1, min(even if even * 10 >= ctas * 9 else ctas, most_tiles))
 
@@ -101,22 +99,22 @@ def prepare(plan: Any) -> None:
     index = index_of(sig.device)
     loaded = kernel(build.variant, build.kernel, index, build.shared_bytes)
     most_tiles = sig.B * (-(-sig.W * sig.S // TILE) + 1)
-    cluster = 1 if sig.batch_invariant else config.cluster
-    grid = _grid(arch.of(sig.device).sms * config.grid // 100, sig.B, most_tiles, cluster)
+    grid = _grid(arch.of(sig.device).sms * config.grid // 100, sig.B, most_tiles)
     slots = sig.B * CHUNKS if sig.batch_invariant else 2 * grid + 2
     q, out = ([s * 2 for s in stride] for stride in (sig.q_stride, sig.out_stride))
+    # "late" carries the patience: these kernels have no other use for it.
     values = {
         "q_b": q[0], "q_i": q[1], "q_h": q[2], "out_b": out[0], "out_i": out[1], "out_h": out[2], "pages_b": sig.pages_stride,
         "B": sig.B, "Q": sig.Q, "Hkv": 1, "heads": 1, "G": sig.H, "page_shift": sig.S.bit_length() - 1, "table_width": sig.W,
         "capacity": sig.W * sig.S, "window": sig.window, "block_rows": sig.H * sig.Q, "row_blocks": 1,
-        "g_magic": -(-(1 << 20) // sig.H), "slots": slots, "least_tiles": config.min_tiles,
+        "g_magic": -(-(1 << 20) // sig.H), "slots": slots, "late": config.patience, "least_tiles": config.min_tiles,
         "invariant": int(sig.batch_invariant), "chunk_least": CHUNK_KEYS // TILE, "chunk_most": CHUNKS,
         "io_bf16": int(sig.q_dtype == torch.bfloat16), "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0,
         "scale": sig.scale, "out_scale": 1.0, "softcap": sig.softcap,
         "softcap_inverse": 1 / sig.softcap if sig.softcap else 0.0,
     }  # fmt: skip
     plan.state["launch"] = compiled().CudaLaunch(
-        loaded, (grid, 1, 1), (build.threads, 1, 1), (cluster, 1, 1), True, PARAMS.pack(values),
+        loaded, (grid, 1, 1), (build.threads, 1, 1), (1, 1, 1), True, PARAMS.pack(values),
         [PARAMS.offsets[name] for name in EACH_CALL], _maps(sig),
     )  # fmt: skip
     plan.state["index"] = index

@@ -47,6 +47,21 @@ CHUNK_BYTES = 64 * 256 * 4 + 64 * 8  # one warpgroup's partial sums
 
 
 def supports(sig: MlaSig) -> str | None:
+    reason = unsuited_device(sig)
+    if reason is not None:
+        return reason
+    if sig.q_dtype not in (torch.bfloat16, torch.float16) or sig.kv_dtype != sig.q_dtype:
+        return f"q is {sig.q_dtype} and kv {sig.kv_dtype}, wanted bfloat16 or float16 for both"
+    if (sig.C, sig.R) != (builds.C, builds.R):
+        return f"C is {sig.C} and R {sig.R}, wanted {builds.C} and {builds.R}"
+    if sig.S < 16:
+        return f"needs pages of at least 16 tokens, got {sig.S}"
+    if max(sig.kv_stride[:2]) * 2 >= MAX_STRIDE:
+        return "a stride of kv is too large for a tensor map"
+    return unsuited_call(sig) or missing(_variant(sig))
+
+
+def unsuited_device(sig: MlaSig) -> str | None:
     if sig.device.type != "cuda":
         return f"runs on CUDA devices, not on {sig.device.type}"
     reason = unavailable()
@@ -54,29 +69,24 @@ def supports(sig: MlaSig) -> str | None:
         return reason
     if arch.of(sig.device).sm != 90:
         return f"built for compute capability 9.0, the device has {arch.of(sig.device).sm / 10}"
-    if sig.q_dtype not in (torch.bfloat16, torch.float16) or sig.kv_dtype != sig.q_dtype:
-        return f"q is {sig.q_dtype} and kv {sig.kv_dtype}, wanted bfloat16 or float16 for both"
+    return None
+
+
+def unsuited_call(sig: MlaSig) -> str | None:
+    """What a call may not ask for, whatever the cache's form."""
+    rows = sig.H * sig.Q
     if not sig.aligned:
         return "q, kv or out has a pointer or stride that is not a multiple of 16 bytes"
-    if (sig.C, sig.R) != (builds.C, builds.R):
-        return f"C is {sig.C} and R {sig.R}, wanted {builds.C} and {builds.R}"
-    if sig.S < 16:
-        return f"needs pages of at least 16 tokens, got {sig.S}"
     if sig.tree_mask or sig.batch_invariant:
         return "takes no tree_mask and no batch_invariant"
     if sig.scale <= 0:
         return f"needs a positive scale, got {sig.scale}"
-    return _unsuited_rows(sig) or missing(_variant(sig))
-
-
-def _unsuited_rows(sig: MlaSig) -> str | None:
-    rows = sig.H * sig.Q
     if rows <= FEW_ROWS:
         return f"{sig.H} heads x {sig.Q} query tokens, wanted more than {FEW_ROWS} rows"
     if not _flat(sig) and sig.H % builds.ROWS:
         return f"q's tokens do not follow one another, and {sig.H} heads are not a multiple of {builds.ROWS}"
-    if max(*sig.kv_stride[:2], *sig.q_stride[:3]) * 2 >= MAX_STRIDE:
-        return "a stride of q or kv is too large for a tensor map"
+    if max(sig.q_stride[:3]) * 2 >= MAX_STRIDE:
+        return "a stride of q is too large for a tensor map"
     if sig.B * (sig.W * sig.S // builds.TILE + 2) >= 1 << 31:
         return "more than 2^31 tiles of keys"
     if _groups(sig) < 1:
@@ -89,20 +99,20 @@ def _flat(sig: MlaSig) -> bool:
     return sig.Q == 1 or sig.q_stride[1] == sig.H * sig.q_stride[2]
 
 
-def _ctas(sig: MlaSig) -> int:
+def ctas(sig: MlaSig) -> int:
     return configs.ctas(sig.H * sig.Q)
 
 
 def _row_blocks(sig: MlaSig) -> int:
-    return -(-sig.H * sig.Q // (builds.ROWS * _ctas(sig)))
+    return -(-sig.H * sig.Q // (builds.ROWS * ctas(sig)))
 
 
 def _groups(sig: MlaSig) -> int:
-    return arch.of(sig.device).sms // (_ctas(sig) * _row_blocks(sig))
+    return arch.of(sig.device).sms // (ctas(sig) * _row_blocks(sig))
 
 
 def _variant(sig: MlaSig) -> Variant:
-    return builds.build(sig.q_dtype == torch.bfloat16, _ctas(sig))
+    return builds.build(sig.q_dtype == torch.bfloat16, ctas(sig))
 
 
 def _map(sizes: list[int], strides: list[int], box: list[int]) -> Any:
@@ -111,34 +121,38 @@ def _map(sizes: list[int], strides: list[int], box: list[int]) -> Any:
     return compiled().CudaMapSpec(MAP_TYPE[2], sizes, strides, box, MAP_SWIZZLE[128], MAP_PROMOTE_128)
 
 
-def _maps(sig: MlaSig, box: int) -> list[tuple[int, int, Any]]:
-    D = sig.C + sig.R
-    b, i, h, _ = sig.q_stride
-    heads, tokens = (sig.Q * sig.H, 1) if _flat(sig) else (sig.H, sig.Q)
-    q = _map([D, heads, tokens, sig.B], [h, i, b], [64, builds.ROWS, 1, 1])
-    kv = _map([D, sig.S, sig.P], [sig.kv_stride[1], sig.kv_stride[0]], [64, box, 1])
-    return [(PARAMS.offsets["q_map"], EACH_CALL.index("q"), q), (PARAMS.offsets["kv_map"], EACH_CALL.index("kv"), kv)]
-
-
 def prepare(plan: Any) -> None:
+    sig = plan.sig
+    box = min(sig.S, builds.TILE // ctas(sig))
+    kv = _map([sig.C + sig.R, sig.S, sig.P], [sig.kv_stride[1], sig.kv_stride[0]], [64, box, 1])
+    maps = [(PARAMS.offsets["kv_map"], EACH_CALL.index("kv"), kv)]
+    set_up(plan, NAME, _variant(sig), builds.SHARED_BYTES, box.bit_length() - 1, maps)
+
+
+def set_up(
+    plan: Any, name: str, variant: Variant, shared_bytes: int, box_shift: int, kv_maps: list[tuple[int, int, Any]]
+) -> None:
     """Everything that a signature and a config settle; what is left for a call is its pointers."""
     sig, config = plan.sig, plan.config
-    ctas, row_blocks, groups = _ctas(sig), _row_blocks(sig), _groups(sig)
+    width, row_blocks, groups = ctas(sig), _row_blocks(sig), _groups(sig)
     groups = max(1, min(groups, sig.B * (-(-sig.W * sig.S // builds.TILE) + 1)))
-    box = min(sig.S, builds.TILE // ctas)
-    cells = groups * row_blocks * ctas * 2
+    cells = groups * row_blocks * width * 2
     out = [s * 2 for s in sig.out_stride]
+    b, i, h, _ = sig.q_stride
+    heads, tokens = (sig.Q * sig.H, 1) if _flat(sig) else (sig.H, sig.Q)
     values = {
         "pages_b": sig.pages_stride, "out_b": out[0], "out_i": out[1], "out_h": out[2], "B": sig.B, "Q": sig.Q, "H": sig.H,
-        "rows": sig.Q * sig.H, "q_heads": sig.Q * sig.H if _flat(sig) else sig.H, "page_shift": sig.S.bit_length() - 1,
-        "box_shift": box.bit_length() - 1, "capacity": sig.W * sig.S, "window": sig.window, "row_blocks": row_blocks,
-        "groups": groups, "least_tiles": config.least_tiles, "patience": config.patience,
-        "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0, "scale": sig.scale, "softcap": sig.softcap,
+        "rows": sig.Q * sig.H, "q_heads": heads, "page_shift": sig.S.bit_length() - 1, "box_shift": box_shift,
+        "capacity": sig.W * sig.S, "window": sig.window, "row_blocks": row_blocks, "groups": groups,
+        "least_tiles": config.least_tiles, "patience": config.patience, "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0,
+        "scale": sig.scale, "softcap": sig.softcap,
     }  # fmt: skip
+    q = _map([sig.C + sig.R, heads, tokens, sig.B], [h, i, b], [64, builds.ROWS, 1, 1])
     index = index_of(sig.device)
     plan.state["launch"] = compiled().CudaLaunch(
-        kernel(_variant(sig), NAME, index, builds.SHARED_BYTES), (ctas, row_blocks, groups), (builds.THREADS, 1, 1),
-        (ctas, 1, 1), True, PARAMS.pack(values), [PARAMS.offsets[name] for name in EACH_CALL], _maps(sig, box),
+        kernel(variant, name, index, shared_bytes), (width, row_blocks, groups), (builds.THREADS, 1, 1), (width, 1, 1), True,
+        PARAMS.pack(values), [PARAMS.offsets[name] for name in EACH_CALL],
+        [(PARAMS.offsets["q_map"], EACH_CALL.index("q"), q), *kv_maps],
     )  # fmt: skip
     plan.state["index"] = index
     plan.state["scratch"] = {}

@@ -9,22 +9,6 @@ namespace attnkit {
 
 // ---- PTX that only these kernels use ----
 
-ATTNKIT_DEVICE u32 mla_cluster_size() {
-  u32 ctas;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(ctas));
-  return ctas;
-}
-
-// A word of another CTA's shared memory; ``from`` is the address that it has here.
-ATTNKIT_DEVICE u32 mla_load_remote(u32 from, u32 cta) {
-  u32 x;
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.u32 %0, [remote];\n}" : "=r"(x) : "r"(from), "r"(cta) : "memory");
-  return x;
-}
-
 // A run of bytes (a multiple of 16) from global to shared memory, with an L2 policy.
 ATTNKIT_DEVICE void mla_bulk_load(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
   asm volatile(
@@ -47,7 +31,38 @@ ATTNKIT_DEVICE void mla_bulk_store(void* to, u32 from, u32 bytes) {
 
 ATTNKIT_DEVICE void mla_bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;\nfence.proxy.async;" ::: "memory"); }
 
+ATTNKIT_DEVICE int mla_add_release(int* counter, int n) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
+  return old;
+}
+
+// For counting only: publishes nothing.
+ATTNKIT_DEVICE int mla_add_relaxed(int* counter, int n) {
+  int old;
+  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
+  return old;
+}
+
+ATTNKIT_DEVICE int mla_read_acquire(const int* counter) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
 // ---- pieces of one sequence meet ----
+
+// True in the CTA that is the last of ``count`` to arrive; the counter is zero again after that.
+ATTNKIT_DEVICE bool mla_arrives_last(int* counter, int count, int* flag) {
+  named_barrier(1, 128);  // the partial is written, and the flag's last reader is done
+  if (threadIdx.x == 0) {
+    const bool last = mla_add_release(counter, 1) == count - 1;
+    if (last) *counter = 0;
+    *flag = last;
+  }
+  named_barrier(1, 128);
+  return *flag != 0;
+}
 
 // A piece is 16 to 64 KB and a CTA reads some 64 KB a microsecond, so several CTAs share the adding up of many: groups
 // of ``fan`` first.
@@ -144,52 +159,6 @@ ATTNKIT_DEVICE void mla_add_pieces(const Piece& piece, const RowOutput& output, 
   }
 }
 
-// What a CTA found itself the last to arrive at, kept until the cluster adds it up together.
-struct MlaMeeting {
-  int flag, jobs;
-  Piece job[2];  // a share of tiles cuts at most its first and its last sequence
-};
-
-// Adds all pieces of a sequence, in order, by all CTAs of the cluster: 1024 threads of 8 CTAs have 16 rows in one go, and
-// each CTA reads an eighth of what is 32 KB a piece.
-template <class Shape>
-ATTNKIT_DEVICE void mla_add_together(const Piece& piece, const RowOutput& output, int rank, int ctas) {
-  constexpr int Each = Shape::C > 256 ? Shape::C / 256 : 1, Across = Shape::C / 4 / Each, Batch = 16;
-  const int thread = rank * Shape::Consumers + threadIdx.x, column = thread % Across * 4;
-#pragma unroll 1
-  for (int row = thread / Across; row < output.rows; row += ctas * Shape::Consumers / Across) {
-    MlaSum<Each> total;
-#pragma unroll 1
-    for (int i0 = 0; i0 < piece.count; i0 += Batch) {
-      total.template add<Batch>(output, 0, row, row * Shape::C + column, Across * 4, piece.count - i0,
-                                [&](int i) { return piece.slot(i0 + i); });
-    }
-    total.write(output, row, column, Across * 4);
-  }
-}
-
-// The end of a CTA in a cluster: what any of them was the last to arrive at, all add up.
-template <class Shape>
-ATTNKIT_DEVICE void mla_meet(const DecodeParams& p, MlaMeeting* meeting) {
-  const u32 lane = threadIdx.x & 31, ctas = mla_cluster_size(), rank = cluster_rank(), mine = smem_address(meeting);
-  cluster_sync();
-  const int jobs = lane < ctas ? mla_load_remote(mine + 4, lane) : 0;
-#pragma unroll 1
-  for (u32 cta = 0; cta < ctas; ++cta) {
-    const int of_cta = __shfl_sync(~0u, jobs, cta);
-#pragma unroll 1
-    for (int job = 0; job < of_cta; ++job) {
-      constexpr int Words = sizeof(Piece) / 4;
-      const u32 word = mla_load_remote(mine + 8 + job * sizeof(Piece) + min(lane, Words - 1u) * 4, cta);
-      Piece piece;
-#pragma unroll
-      for (int i = 0; i < Words; ++i) reinterpret_cast<u32*>(&piece)[i] = __shfl_sync(~0u, word, i);
-      mla_add_together<Shape>(piece, RowOutput(p, piece, Shape::Rows, Shape::C), rank, ctas);
-    }
-  }
-  cluster_sync();  // nobody leaves while another still reads its jobs
-}
-
 template <class Shape>
 ATTNKIT_DEVICE void mla_combine(const DecodeParams& p, const Piece& piece, const RowOutput& output, int* flag) {
   const int fan = mla_fan(piece.count);
@@ -199,7 +168,7 @@ ATTNKIT_DEVICE void mla_combine(const DecodeParams& p, const Piece& piece, const
   int* meeting = p.counters + p.slots + piece.slot0;
   int* counter = grouped ? p.counters + piece.slot(first) : meeting;
 #pragma unroll 1
-  for (int level = 0; arrives_last<Shape>(counter, count, flag); ++level) {
+  for (int level = 0; mla_arrives_last(counter, count, flag); ++level) {
     const bool last = !grouped || level == 1;
     mla_add_pieces<Shape>(piece, output, first, step, count, level, last);
     if (last) break;
@@ -209,6 +178,169 @@ ATTNKIT_DEVICE void mla_combine(const DecodeParams& p, const Piece& piece, const
     counter = meeting;
   }
 }
+
+// ---- pieces whose CTAs have nothing else to do ----
+
+// A piece, and how many of its sequence's, the first ones, are the last of their CTAs. Those wait for the others and
+// share the adding up; 0: whoever comes last adds up all.
+struct MlaPart : Piece {
+  int waiting;
+
+  template <int T>
+  ATTNKIT_DEVICE void find_waiting(const Walker<T>& walker) {
+    waiting = 0;
+    // Where it is 64 KB or less, one CTA adds it up in less time than the others would wait.
+    if (count * walker.p.block_rows <= 32 || count == 1 || walker.p.invariant) return;
+    const bool goes_on = walker.cut(walker.cta - index + count) != walker.start + walker.tiles;  // the last piece's CTA
+    waiting = count - goes_on;
+  }
+};
+
+// The pieces of one sequence add up each other's rows: who waits has a share of the columns of all rows. Who has waited in
+// vain leaves its share to the last to arrive, so that two launches which keep each other from the multiprocessors come to an end
+// all the same. The counter has three fields: how many have come, have given up, have left.
+template <class Shape>
+struct MlaSharing {
+  static constexpr int kCame = 1, kGaveUp = 1 << 10, kLeft = 1 << 20, kMask = 1023;
+  static constexpr int Lines = Shape::C / 128;  // of a row: a warp reads 128 columns at a time
+  const DecodeParams& p;
+  const MlaPart& piece;
+  const RowOutput& output;
+  int* flag;    // in shared memory
+  float* sums;  // [4, 128], there too
+
+  ATTNKIT_DEVICE int* counter() const { return p.counters + p.slots + piece.slot0; }
+  ATTNKIT_DEVICE int* gave_up(int i) const { return p.counters + piece.slot(i); }
+
+  ATTNKIT_DEVICE static void join(float& high, float& sum, float other, float more) {
+    const float most = fmaxf(high, other), base = most == negative_infinity() ? 0.f : most;
+    sum = sum * exp2_fast(high - base) + more * exp2_fast(other - base), high = most;
+  }
+
+  // Columns 128 line and on of a row, Across lines of them, added up over pieces part, part + parts, ...; 16 loads in flight.
+  template <int Across>
+  ATTNKIT_DEVICE void add_lines(int row, int line, int part, int parts, float4 (&total)[Across]) const {
+    constexpr int Pieces = 16 / Across;
+    const int lane = threadIdx.x & 31, count = piece.count;
+    float high = negative_infinity(), sum = 0.f;
+#pragma unroll 1
+    for (int i = lane; i < count; i += 32) {
+      const float2 w = load_l2(output.weights(piece.slot(i), 0) + row);
+      join(high, sum, w.x, w.y);
+    }
+#pragma unroll 1
+    for (int d = 1; d < 32; d *= 2) {
+      const float other = __shfl_xor_sync(~0u, high, d), more = __shfl_xor_sync(~0u, sum, d);
+      join(high, sum, other, more);
+    }
+    const float scale = output.finish(row, high, sum, lane == 0 && line == 0 && part == 0);
+    high = high == negative_infinity() ? 0.f : high;
+#pragma unroll
+    for (int u = 0; u < Across; ++u) total[u] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+    for (int i0 = part; i0 < count; i0 += parts * Pieces) {
+      const int mine = i0 + lane % Pieces * parts;
+      const float2 w = load_l2(output.weights(piece.slot(min(mine, count - 1)), 0) + row);
+      float4 x[Across][Pieces];
+#pragma unroll
+      for (int k = 0; k < Pieces; ++k) {
+        const int i = i0 + k * parts;
+        const float4* from = reinterpret_cast<const float4*>(output.values(piece.slot(i)) + row * Shape::C + line * 128) + lane;
+#pragma unroll
+        for (int u = 0; u < Across; ++u) {
+          x[u][k] = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (i < count) x[u][k] = load_l2(from + u * 32);
+        }
+      }
+      const float by = exp2_fast(mine < count ? w.x - high : negative_infinity()) * scale;
+#pragma unroll
+      for (int k = 0; k < Pieces; ++k) {
+        const float f = __shfl_sync(~0u, by, k);
+#pragma unroll
+        for (int u = 0; u < Across; ++u) {
+          total[u].x += x[u][k].x * f, total[u].y += x[u][k].y * f, total[u].z += x[u][k].z * f, total[u].w += x[u][k].w * f;
+        }
+      }
+    }
+  }
+
+  // The share of the j-th of those who wait: a warp takes a row's lines, some of them or one at a time.
+  template <int Across>
+  ATTNKIT_DEVICE void add_share(int j) const {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, units = output.rows * (Lines / Across);
+    const int each = (units + piece.waiting - 1) / piece.waiting, first = j * each, last = min(first + each, units);
+    const int parts = Across == 1 && each < 4 ? 4 : 1;  // few: all warps share the pieces
+    float4 total[Across];
+#pragma unroll 1
+    for (int unit = first + (parts == 1 ? warp : 0); unit < last; unit += parts == 1 ? 4 : 1) {
+      const int row = unit / (Lines / Across), line = unit % (Lines / Across) * Across;
+      add_lines<Across>(row, line, parts == 1 ? 0 : warp, parts, total);
+      if (parts > 1) {
+        reinterpret_cast<float4*>(sums)[threadIdx.x] = total[0];
+        named_barrier(1, 128);
+        if (warp == 0) {
+#pragma unroll
+          for (int w = 1; w < 4; ++w) {
+            const float4 x = reinterpret_cast<const float4*>(sums)[w * 32 + lane];
+            total[0].x += x.x, total[0].y += x.y, total[0].z += x.z, total[0].w += x.w;
+          }
+        }
+        named_barrier(1, 128);
+        if (warp > 0) continue;
+      }
+#pragma unroll
+      for (int u = 0; u < Across; ++u) output.write(output.place(row) + ((line + u) * 128 + lane * 4) * 2, total[u], 1.f);
+    }
+  }
+
+  ATTNKIT_DEVICE void add(int j) const {
+    if (Lines >= 4 && piece.count <= 4) {
+      add_share<Lines >= 4 ? 4 : 1>(j);
+    } else if (Lines >= 2 && piece.count <= 8) {
+      add_share<Lines >= 2 ? 2 : 1>(j);
+    } else {
+      add_share<1>(j);
+    }
+  }
+
+  enum { kLeaves, kAdds, kLastOfSome };
+
+  // Thread 0: this piece is in the workspace; what is left to do.
+  ATTNKIT_DEVICE int arrive() const {
+    const int old = mla_add_release(counter(), kCame), mine = piece.index < piece.waiting;
+    if ((old & kMask) == piece.count - 1) return old & kMask << 10 ? kLastOfSome : mine ? kAdds : kLeaves;
+    if (!mine) return kLeaves;
+    for (int i = 0; i < p.late; ++i) {  // how patient, here
+      if ((mla_read_acquire(counter()) & kMask) == piece.count) return kAdds;
+    }
+    *gave_up(piece.index) = 1;
+    if ((mla_add_release(counter(), kGaveUp) & kMask) != piece.count) return kLeaves;
+    *gave_up(piece.index) = 0;  // the last came just now, and did not see it
+    return kAdds;
+  }
+
+  ATTNKIT_DEVICE int tell(int value) const {  // thread 0's value to all
+    if (threadIdx.x == 0) *flag = value;
+    named_barrier(1, 128);
+    const int told = *reinterpret_cast<volatile int*>(flag);
+    named_barrier(1, 128);
+    return told;
+  }
+
+  ATTNKIT_DEVICE void run() const {
+    named_barrier(1, 128);
+    const int todo = tell(threadIdx.x == 0 ? arrive() : 0);
+    if (todo != kLeaves && piece.index < piece.waiting) add(piece.index);
+#pragma unroll 1
+    for (int i = 0; todo == kLastOfSome && i < piece.waiting; ++i) {
+      if (tell(threadIdx.x == 0 ? *reinterpret_cast<volatile int*>(gave_up(i)) : 0) == 0) continue;
+      add(i);
+      if (threadIdx.x == 0) *gave_up(i) = 0;
+    }
+    named_barrier(1, 128);
+    if (threadIdx.x == 0 && mla_add_relaxed(counter(), kLeft) >> 20 == piece.count - 1) *counter() = 0;
+  }
+};
 
 // ---- the computing warpgroup ----
 
@@ -469,7 +601,7 @@ struct MlaValues {
 
   // The output, or this piece's partial sums, and then perhaps the sum of all pieces; by way of shared memory, so that
   // whole rows are written. ``by``: a factor for the values.
-  ATTNKIT_DEVICE void finish(const Piece& piece, const float2* totals, float by, float* stage, MlaMeeting* meeting) {
+  ATTNKIT_DEVICE void finish(const MlaPart& piece, const float2* totals, float by, float* stage, int* flag) {
     const RowOutput output(p, piece, Shape::Rows, Shape::C);
     const int slot = piece.slot(piece.index);
 #pragma unroll
@@ -497,12 +629,10 @@ struct MlaValues {
       if (n0 + Shape::StageGroups < NR) named_barrier(1, Shape::Consumers);
     }
     if (piece.count > 1) mla_bulk_store_wait();
-    if (piece.count > 1 && mla_cluster_size() > 1) {
-      if (arrives_last<Shape>(p.counters + p.slots + piece.slot0, piece.count, &meeting->flag) && threadIdx.x == 0) {
-        meeting->job[meeting->jobs++] = piece;
-      }
+    if (piece.waiting > 0) {
+      MlaSharing<Shape>{p, piece, output, flag, stage}.run();
     } else if (piece.count > 1) {
-      mla_combine<Shape>(p, piece, output, &meeting->flag);
+      mla_combine<Shape>(p, piece, output, flag);
     }
   }
 };
@@ -525,10 +655,8 @@ ATTNKIT_DEVICE void mla_prefetch(const DecodeParams& p, int q_bytes) {
 template <int T, int Planes>
 ATTNKIT_DEVICE void mla_place_ahead(const DecodeParams& p, Walker<T>& walker) {
   const int lane = threadIdx.x & 31, box_shift = min(p.page_shift, 6), boxes = T >> box_shift, slot_mask = (1 << p.page_shift) - 1;
-  bool ahead = mla_cluster_size() == 1;  // in clusters it only costs: their CTAs begin and end together
-  if (!ahead) wait_for_previous_grid();
 #pragma unroll 1
-  for (;; ahead = false) {
+  for (bool ahead = true;; ahead = false) {
     walker.place_few();
     if (!ahead) return;
     const int ordinal = walker.position - walker.start + lane / boxes;

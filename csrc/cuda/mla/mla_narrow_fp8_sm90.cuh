@@ -38,8 +38,8 @@ struct MlaFp8Shared {
   float2* totals;             // [Rows], then sigma
   float* output;              // [8, StagePitch]: the output on its way
   int* scratch;               // the walker's
-  Piece* piece;
-  MlaMeeting* meeting;
+  MlaPart* piece;
+  int* flag;
 };
 
 // One warp loads tiles; the other says which pieces they belong to, so that loading never waits for that.
@@ -98,9 +98,10 @@ struct MlaFp8Producer {
   }
 
   ATTNKIT_DEVICE void run_pieces(Walker<T>& walker) {
-    Piece piece;
+    MlaPart piece;
     for (int pieces = 0;; ++pieces) {
       const bool more = walker.next(piece);
+      if (more) piece.find_waiting(walker);
       if (!more) piece.tiles = 0;
       mbarrier_wait(shared.piece_empty, (pieces & 1) ^ 1);
       if (lane == 0) {
@@ -348,7 +349,7 @@ struct MlaFp8Weigher {
     int stage = 0, phase = 0, turn = 1;
     for (int pieces = 0;; ++pieces) {
       mbarrier_wait(shared.piece_full, pieces & 1);
-      const Piece piece = *shared.piece;
+      const MlaPart piece = *shared.piece;
       __syncwarp();
       if (rows.lane == 0) mbarrier_arrive(shared.piece_empty);
       if (piece.tiles == 0) break;
@@ -433,7 +434,7 @@ struct MlaFp8Adder {
     int stage = 0, set = 0, phase = 0;
     for (int pieces = 0;; ++pieces) {
       mbarrier_wait(shared.piece_full, pieces & 1);
-      const Piece piece = *shared.piece;
+      const MlaPart piece = *shared.piece;
       __syncwarp();
       if (output.lane == 0) mbarrier_arrive(shared.piece_empty);
       if (piece.tiles == 0) break;
@@ -460,7 +461,7 @@ struct MlaFp8Adder {
         if (++stage == Shape::Stages) stage = 0;
       }
       mbarrier_wait(shared.totals_full, pieces & 1);
-      output.finish(piece, shared.totals, shared.totals[Shape::Rows].x, shared.output, shared.meeting);
+      output.finish(piece, shared.totals, shared.totals[Shape::Rows].x, shared.output, shared.flag);
       __syncwarp();
       if (output.lane == 0) mbarrier_arrive(shared.totals_empty);
       named_barrier(1, Shape::Consumers);  // the flag is free for the next piece
@@ -486,14 +487,14 @@ ATTNKIT_DEVICE void mla_narrow_fp8(const DecodeParams& p) {
   shared.piece_full = shared.totals_empty + 8;
   shared.piece_empty = shared.piece_full + 8;
   shared.scratch = reinterpret_cast<int*>(after + 192);
-  shared.piece = reinterpret_cast<Piece*>(after + 256);
-  shared.meeting = reinterpret_cast<MlaMeeting*>(after + 320);
+  shared.piece = reinterpret_cast<MlaPart*>(after + 256);
+  shared.flag = reinterpret_cast<int*>(after + 320);
   shared.up = reinterpret_cast<float*>(after + 448);
   shared.totals = reinterpret_cast<float2*>(after + 576);
   shared.rescale = reinterpret_cast<float*>(after + 848);
   shared.exchange = reinterpret_cast<float*>(after + 1120);
   shared.output = reinterpret_cast<float*>(after + 1664);
-  static_assert(16 * Shape::Stages + 64 <= 192 && sizeof(Piece) <= 64 && sizeof(MlaMeeting) <= 128, "room for the barriers");
+  static_assert(16 * Shape::Stages + 64 <= 192 && sizeof(MlaPart) <= 64, "room for the barriers");
   static_assert(Shape::Rows <= 32, "room for the rows' numbers");
 
   if (threadIdx.x == 0) {
@@ -510,7 +511,6 @@ ATTNKIT_DEVICE void mla_narrow_fp8(const DecodeParams& p) {
     mbarrier_init(shared.piece_full, 1);
     mbarrier_init(shared.piece_empty, 8);
     mbarrier_init_fence();
-    shared.meeting->jobs = 0;
   }
   __syncthreads();
   launch_dependents();
@@ -526,7 +526,6 @@ ATTNKIT_DEVICE void mla_narrow_fp8(const DecodeParams& p) {
     wait_for_previous_grid();
     MlaFp8Adder<Shape> adder(p, shared);
     adder.run();
-    if (mla_cluster_size() > 1) mla_meet<Shape>(p, shared.meeting);
   } else if (warp < 8) {
     registers_raise<232>();
     wait_for_previous_grid();

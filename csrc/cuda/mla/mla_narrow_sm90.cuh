@@ -35,8 +35,8 @@ struct MlaShared {
   float2* totals;                  // [Rows]
   float* stage;                    // [8 StageGroups, StagePitch]: the output on its way
   int* scratch;                    // the walker's
-  MlaMeeting* meeting;
-  Piece* piece;                    // what q belongs to; tiles = 0: the end
+  int* flag;
+  MlaPart* piece;                  // what q belongs to; tiles = 0: the end
 };
 
 // One warp for the latent part of the tiles, one for the rope part and q. Two, because with one rope buffer the latent
@@ -81,7 +81,7 @@ struct MlaProducer {
     }
   }
 
-  ATTNKIT_DEVICE void load_q(const Piece& piece) {
+  ATTNKIT_DEVICE void load_q(const MlaPart& piece) {
     if (lane == 0) *shared.piece = piece;
     __syncwarp();
     if (elect_one()) {
@@ -118,9 +118,10 @@ struct MlaProducer {
   }
 
   ATTNKIT_DEVICE void run_ropes(Walker<T>& walker) {
-    Piece piece;
+    MlaPart piece;
     int stage = 0, phase = 1, pieces = 0;
     while (walker.next(piece)) {
+      piece.find_waiting(walker);
       const int* pages = p.pages + piece.b * p.pages_b;
       int page = page_of(piece, pages, piece.tile);
 #pragma unroll 1
@@ -260,7 +261,7 @@ struct MlaConsumer {
     int stage = 0, phase = 0, rope = 0, rope_phase = 0;
     for (int pieces = 0;; ++pieces) {
       mbarrier_wait(shared.q_full, pieces & 1);
-      const Piece piece = *shared.piece;
+      const MlaPart piece = *shared.piece;
       if (piece.tiles == 0) break;
       rows.begin();
       output.begin(piece);
@@ -288,7 +289,7 @@ struct MlaConsumer {
       }
       rows.publish(shared.totals);
       named_barrier(1, Shape::Consumers);
-      output.finish(piece, shared.totals, 1.f, shared.stage, shared.meeting);
+      output.finish(piece, shared.totals, 1.f, shared.stage, shared.flag);
       named_barrier(1, Shape::Consumers);  // totals and flag are free for the next piece
     }
   }
@@ -310,10 +311,10 @@ ATTNKIT_DEVICE void mla_narrow(const DecodeParams& p) {
   shared.q_full = shared.rope_empty + 8 * Shape::Ropes;
   shared.q_empty = shared.q_full + 8;
   static_assert(16 * Shape::Stages * Shape::Parts + 16 * Shape::Ropes + 16 <= 256, "room for the barriers");
-  static_assert(sizeof(Piece) <= 64 && sizeof(MlaMeeting) <= 128, "room for the small things");
+  static_assert(sizeof(MlaPart) <= 64, "room for the small things");
   shared.scratch = reinterpret_cast<int*>(after + 256);
-  shared.piece = reinterpret_cast<Piece*>(after + 288);
-  shared.meeting = reinterpret_cast<MlaMeeting*>(after + 352);
+  shared.piece = reinterpret_cast<MlaPart*>(after + 288);
+  shared.flag = reinterpret_cast<int*>(after + 352);
   shared.exchange = reinterpret_cast<float*>(after + 512);
   shared.totals = reinterpret_cast<float2*>(after + 1024);
   shared.stage = reinterpret_cast<float*>(after + 1280);
@@ -330,7 +331,6 @@ ATTNKIT_DEVICE void mla_narrow(const DecodeParams& p) {
     mbarrier_init(shared.q_full, 1);
     mbarrier_init(shared.q_empty, Shape::ConsumerWarps);
     mbarrier_init_fence();
-    shared.meeting->jobs = 0;
   } else if (threadIdx.x == 64) {
     tma_prefetch_map(&p.k_map);
     tma_prefetch_map(&p.q_map);
@@ -352,7 +352,6 @@ ATTNKIT_DEVICE void mla_narrow(const DecodeParams& p) {
     wait_for_previous_grid();
     MlaConsumer<Shape> consumer(p, shared);
     consumer.run();
-    if (mla_cluster_size() > 1) mla_meet<Shape>(p, shared.meeting);
     return;
   }
   MlaProducer<Shape> producer(p, shared);

@@ -151,43 +151,46 @@ struct MlaWideAdder {
 
   // Sums divided by their weights' sum, to the workspace.
   ATTNKIT_DEVICE void publish(const Meeting& meeting, const float2 (&totals)[2]) {
-    float4* to = meeting.values(meeting.index) + thread();
     float by[2];
     float2 w[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool none = totals[r].y == 0.f;
-      by[r] = none ? 0.f : 1.f / totals[r].y;
+      by[r] = none ? 0.f : reciprocal(totals[r].y);
       w[r] = make_float2(none ? negative_infinity() : totals[r].x + log2_fast(totals[r].y), 1.f);
     }
-    if constexpr (Meeting::Narrow) {
+    float4* to = meeting.values(meeting.index) + Meeting::unit(row(), 0, lane());
 #pragma unroll 1
-      for (bool again = false;; again = true) {
-        const bool large = store_narrow(to, by);
-        if (again || !__any_sync(~0u, large)) break;
-        scale_down(by, w);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < MlaPartials::Chunks; ++i) {
-        to[i * 128] = make_float4(at(4 * i) * by[0], at(4 * i + 1) * by[0], at(4 * i + 2) * by[1], at(4 * i + 3) * by[1]);
-      }
+    for (bool again = false;; again = true) {
+      const bool large = store_rows(to, by);
+      if (!Meeting::Narrow || again || !__any_sync(~0u, large)) break;
+      scale_down(by, w);
     }
     tell_weights(meeting, w);
   }
 
-  // As f16. True where that does not hold them.
-  ATTNKIT_DEVICE bool store_narrow(float4* to, const float (&by)[2]) {
+  // True where f16 does not hold them.
+  ATTNKIT_DEVICE bool store_rows(float4* to, const float (&by)[2]) {
+    constexpr int Pairs = Meeting::Values / 2;
     u32 most = 0;
 #pragma unroll
-    for (int i = 0; i < MlaPartials::Chunks / 2; ++i) {
-      u32 x[4];
+    for (int k = 0; k < Meeting::Units; ++k) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        x[k] = pack_f16(at(8 * i + 2 * k) * by[k % 2], at(8 * i + 2 * k + 1) * by[k % 2]);
-        asm("max.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(most) : "r"(x[k]));
+      for (int r = 0; r < 2; ++r) {
+        u32 x[4];
+#pragma unroll
+        for (int e = 0; e < Pairs; ++e) {
+          const float a = at(4 * (Pairs * k + e) + 2 * r) * by[r], b = at(4 * (Pairs * k + e) + 2 * r + 1) * by[r];
+          if constexpr (Meeting::Narrow) {
+            x[e] = pack_f16(a, b);
+            asm("max.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(most) : "r"(x[e]));
+          } else {
+            x[2 * e] = __float_as_uint(a), x[2 * e + 1] = __float_as_uint(b);
+          }
+        }
+        const float y[4] = {__uint_as_float(x[0]), __uint_as_float(x[1]), __uint_as_float(x[2]), __uint_as_float(x[3])};
+        to[Meeting::unit(8 * r, k, 0)] = make_float4(y[0], y[1], y[2], y[3]);
       }
-      to[i * 128] = make_float4(__uint_as_float(x[0]), __uint_as_float(x[1]), __uint_as_float(x[2]), __uint_as_float(x[3]));
     }
     return (most & 0x7fff) >= 0x7c00 || (most >> 16 & 0x7fff) >= 0x7c00;
   }
@@ -225,7 +228,8 @@ struct MlaWideAdder {
     publish(meeting, totals);
     int todo = meeting.meet();
     if (todo == Meeting::kGivesUp) todo = meeting.give_up();
-    meeting.add_and_leave(todo);
+    // Who waits has nothing else to do: what is left of q is not needed any more.
+    meeting.add_and_leave(todo, meeting.mine() < 0 ? nullptr : s.spare + half() * 1056);
   }
 
   ATTNKIT_DEVICE void run() {

@@ -59,15 +59,13 @@ struct MlaPiece {
 };
 
 // n / d, rounded down, for n >= 0 and d > 0. Shorter than /, and a kernel's first instructions come from L2 one by one. The
-// estimate is one off, or a few where n is beyond 2^24.
+// first estimate is off by a relative 2^-22, the second by one at most.
 ATTNKIT_DEVICE int mla_divide(int n, int d) {
-  int q = static_cast<int>(static_cast<float>(n) * reciprocal(static_cast<float>(d)));
-  q = min(q, n);
-#pragma unroll 1
-  while (static_cast<i64>(q) * d > n) --q;
-#pragma unroll 1
-  while (static_cast<i64>(q + 1) * d <= n) ++q;
-  return q;
+  const float by = reciprocal(static_cast<float>(d));
+  u32 q = static_cast<u32>(static_cast<int>(static_cast<float>(n) * by));
+  q += static_cast<int>(static_cast<float>(static_cast<int>(n - q * d)) * by);
+  const int rest = static_cast<int>(n - q * d);
+  return static_cast<int>(q) + (rest >= d) - (rest < 0);
 }
 
 // Used by one whole warp: every lane has the same state.
@@ -88,13 +86,7 @@ struct MlaWalker {
   ATTNKIT_DEVICE static void measure(const MlaWideParams& p, int b, int& length, int& low, int& tiles) {
     length = min(max(load_l2(p.lens + b), 0), p.capacity);
     low = p.window > 0 ? max(0, length - p.Q - p.window + 1) : 0;
-    tiles = max(1, (length + T - 1) / T - low / T);
-  }
-
-  ATTNKIT_DEVICE int tiles_of(int i) const {
-    int n = 0, l, w;
-    if (i < p.B) measure(p, i, l, w, n);
-    return n;
+    tiles = max(1, static_cast<int>(static_cast<u32>(length + T - 1) / T - static_cast<u32>(low) / T));
   }
 
   ATTNKIT_DEVICE int begin_of(int g) const { return g * state.share + min(g, state.extra); }
@@ -110,7 +102,7 @@ struct MlaWalker {
     const int largest = mla_divide(total + used - 1, used);
     used = mla_divide(total + largest - 1, largest);  // fewer groups, if none has more to do for it
     // Equal sequences are cut into equal pieces where that leaves few groups idle: fewer pieces have to meet.
-    if (used > p.B && total == most * p.B) {
+    if (p.B > 1 && used > p.B && total == most * p.B) {
       const int even = mla_divide(used, p.B) * p.B;
       if ((used - even) * 16 <= used) used = even;
     }
@@ -122,20 +114,24 @@ struct MlaWalker {
 
   ATTNKIT_DEVICE void place() {
     const int lane = threadIdx.x & 31;
-    int total = 0, most = 0, mine = 0;
+    int total = 0, most = 0;
+    int length = 0, low = 0, mine = 0;  // of sequence b0 + lane
 #pragma unroll 1
     for (int b0 = 0; b0 < p.B; b0 += 32) {
-      mine = tiles_of(b0 + lane);
+      mine = 0;
+      if (b0 + lane < p.B) measure(p, b0 + lane, length, low, mine);
       total += mine;
       most = max(most, mine);
     }
     share_out(__reduce_add_sync(~0u, total), __reduce_max_sync(~0u, most));
-    state.b = 0, state.start = 0, state.length = 0, state.low = 0, state.tiles = 0;
-    if (state.position <= state.begin) return;
+    state.b = 0, state.start = 0;
     int before = 0;
 #pragma unroll 1
-    for (int b0 = 0; b0 < p.B; b0 += 32) {
-      if (p.B > 32) mine = tiles_of(b0 + lane);
+    for (int b0 = 0; p.B > 1 && b0 < p.B; b0 += 32) {
+      if (p.B > 32) {
+        mine = 0;
+        if (b0 + lane < p.B) measure(p, b0 + lane, length, low, mine);
+      }
       int sum = mine;
 #pragma unroll
       for (int d = 1; d < 32; d *= 2) {
@@ -151,10 +147,12 @@ struct MlaWalker {
       }
       before += __shfl_sync(~0u, sum, 31);
     }
-    measure(p, state.b, state.length, state.low, state.tiles);
+    const int at = state.b & 31;
+    state.length = __shfl_sync(~0u, length, at), state.low = __shfl_sync(~0u, low, at), state.tiles = __shfl_sync(~0u, mine, at);
   }
 
-  ATTNKIT_DEVICE bool next(MlaPiece& piece) {
+  // The next piece, but for what relate() says of it.
+  ATTNKIT_DEVICE bool step(MlaPiece& piece) {
     if (state.position <= state.begin) return false;
     if (state.position == state.start) {  // every sequence has a tile at least
       --state.b;
@@ -167,14 +165,23 @@ struct MlaWalker {
     piece.low = state.low;
     piece.tile = state.low / T + from - state.start;
     piece.tiles = state.position - from;
-    piece.index = 0, piece.count = 1, piece.first = state.group, piece.early = 0;
-    if (piece.tiles != state.tiles) {
-      piece.first = owner(state.start);
-      piece.index = state.group - piece.first;
-      piece.count = owner(state.start + state.tiles - 1) - piece.first + 1;
-      piece.early = begin_of(piece.first) != state.start;
-    }
     state.position = from;
+    return true;
+  }
+
+  // Which piece of its sequence it is.
+  ATTNKIT_DEVICE void relate(MlaPiece& piece) const {
+    piece.index = 0, piece.count = 1, piece.first = state.group, piece.early = 0;
+    if (piece.tiles == state.tiles) return;
+    piece.first = owner(state.start);
+    piece.index = state.group - piece.first;
+    piece.count = owner(state.start + state.tiles - 1) - piece.first + 1;
+    piece.early = begin_of(piece.first) != state.start;
+  }
+
+  ATTNKIT_DEVICE bool next(MlaPiece& piece) {
+    if (!step(piece)) return false;
+    relate(piece);
     return true;
   }
 };

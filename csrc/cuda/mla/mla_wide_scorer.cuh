@@ -151,20 +151,23 @@ struct MlaWideScorer {
   // than 2^8 behind: then outputs rarely have to be rescaled, which is exact, and most tiles need no maximum over all
   // their columns.
   ATTNKIT_DEVICE void weigh(float factor) {
-    float most[2], decay[2] = {0.0f, 0.0f};
+    // Scores above zero are ordered as integers, too, and those come three at a time. Where others count, all are looked at
+    // in each tile.
+    float decay[2] = {0.0f, 0.0f};
+    int above[2] = {0, 0};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float* x = scores + 2 * r;
-      float even = fmaxf(x[0], x[1]), odd = fmaxf(x[4], x[5]);
-#pragma unroll
-      for (int i = 2; i < T / 8; i += 2) {
-        even = fmaxf(even, fmaxf(x[4 * i], x[4 * i + 1]));
-        odd = fmaxf(odd, fmaxf(x[4 * i + 4], x[4 * i + 5]));
-      }
-      most[r] = fmaxf(even, odd);
+    for (int i = 0; i < T / 2; i += 2) {
+      int& most = above[i / 2 % 2];
+      most = max(max(most, __float_as_int(scores[i])), __float_as_int(scores[i + 1]));
     }
-    const bool moved = __any_sync(~0u, most[0] * factor > top[0] + kAhead || most[1] * factor > top[1] + kAhead);
-    if (moved) move(most, factor, decay);
+    const bool ahead = __int_as_float(above[0]) * factor > top[0] + kAhead || __int_as_float(above[1]) * factor > top[1] + kAhead;
+    const bool moved = __any_sync(~0u, ahead || fminf(top[0], top[1]) < -kAhead);
+    if (moved) {
+      float most[2] = {negative_infinity(), negative_infinity()};
+#pragma unroll
+      for (int i = 0; i < T / 2; i += 2) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fmaxf(scores[i], scores[i + 1]));
+      move(most, factor, decay);
+    }
     tell_decay(moved, decay);
     const float base[2] = {top[0] == negative_infinity() ? 0.0f : top[0], top[1] == negative_infinity() ? 0.0f : top[1]};
     // All four warps have read the rope plane that the weights are written to.
@@ -173,15 +176,16 @@ struct MlaWideScorer {
     const u32 to = mine + ring.rope() * Shape::PlaneBytes;
     float total[2][2] = {};
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      float* x = scores + 8 * step;
+    for (int step = 0; step < 5; ++step) {  // exponentials of a step are under way while those of the one before are packed
+      if (step < 4) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = i / 2 % 2;
-        x[i] = exp2_ordered(fmaf(x[i], factor, -base[r]));
-        total[r][i % 2] += x[i];
+        for (int i = 0; i < 8; ++i) scores[8 * step + i] = exp2_ordered(fmaf(scores[8 * step + i], factor, -base[i / 2 % 2]));
       }
-      store_matrix_x4(to ^ step * 32, pack<Shape::Bf16>(x[0], x[1]), pack<Shape::Bf16>(x[2], x[3]), pack<Shape::Bf16>(x[4], x[5]),
+      if (step == 0) continue;
+      const float* x = scores + 8 * (step - 1);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total[i / 2 % 2][i % 2] += x[i];
+      store_matrix_x4(to ^ (step - 1) * 32, pack<Shape::Bf16>(x[0], x[1]), pack<Shape::Bf16>(x[2], x[3]), pack<Shape::Bf16>(x[4], x[5]),
                       pack<Shape::Bf16>(x[6], x[7]));
     }
 #pragma unroll
@@ -229,6 +233,7 @@ struct MlaWideScorer {
   template <bool Capped>
   ATTNKIT_DEVICE void run() {
     mine = matrix_row(s.rope, 0);
+    if (lane < 8) reinterpret_cast<u32*>(s.decay)[lane / 4 * 16 + warp * 4 + lane % 4] = 0;  // of this warp's rows
 #pragma unroll
     for (int i = 0; i < T / 2; ++i) scores[i] = 0.0f;
 #pragma unroll 1

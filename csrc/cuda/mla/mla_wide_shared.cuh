@@ -15,6 +15,7 @@ struct MlaWideShape {
   static constexpr int Held = 27, StepBytes = Rows * 32;        // steps of 16 columns whose q is in registers
   static constexpr int QBytes = StepBytes + 2 * PlaneBytes;     // what is left of q: a step, a plane, the rope plane
   static constexpr int Threads = 512;
+  static constexpr int Gap = 960;
   static constexpr int SharedBytes = Stages * StageBytes + 2 * PlaneBytes + QBytes + 1024;
   static constexpr int ScorerRegisters = 168, AdderRegisters = 160, ProducerRegisters = 24;
 };
@@ -33,6 +34,7 @@ struct MlaWideShared {
   signed char* decay;                      // [2, 64]: what sums of earlier tiles shrink by, as a power of two
   float2* totals;                          // [64]: a piece's (maximum, sum), with its last tile
   int* flags;                              // [2]
+  float* spare;                            // [2, 1056]: in place of q, when the last tile has its scores
 
   ATTNKIT_DEVICE explicit MlaWideShared(char* raw) {
     ring = smem_address(raw);
@@ -45,6 +47,7 @@ struct MlaWideShared {
     flags = reinterpret_cast<int*>(rest + 288);
     decay = reinterpret_cast<signed char*>(rest + 320);
     totals = reinterpret_cast<float2*>(rest + 448);
+    spare = reinterpret_cast<float*>(rest - Shape::QBytes);
     static_assert(8 * (Stages * (Parts + 3) + 3) <= 144 && 4 * sizeof(MlaPiece) <= 144, "small things");
   }
 
@@ -59,6 +62,15 @@ struct MlaWideShared {
     mbarrier_init_fence();
   }
 };
+
+// Instructions that are never executed, where ``never`` is false and the compiler does not know. The loops of scorer, adders
+// and producers run at the same time, and compete where they lie at the same places modulo 32 KB: that costs up to 4%.
+template <int Count>
+ATTNKIT_DEVICE void code_gap(bool never) {
+  if (!never) return;
+#pragma unroll
+  for (int i = 0; i < Count; ++i) asm volatile("nanosleep.u32 0;");
+}
 
 // A descriptor that is made where it is used: hoisted out of a loop, those of all its products would take registers
 // that the sums need. The leading offset is that of operands read transposed; others have no use for it.

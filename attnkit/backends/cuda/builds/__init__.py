@@ -5,11 +5,22 @@ Imports no torch: setup.py reads this where torch may be missing.
 
 from __future__ import annotations
 
-from attnkit.backends.cuda.builds import cache, decode, gemm, gemm_skinny, mla_narrow, mla_wide, prefill, quantize, sampling
+from attnkit.backends.cuda.builds import (
+    cache,
+    decode,
+    gemm,
+    gemm_skinny,
+    mla_narrow,
+    mla_wide,
+    mla_wide_fp8,
+    prefill,
+    quantize,
+    sampling,
+)
 from attnkit.backends.cuda.images import Variant
 
 #: Modules with a shipped() of their own, besides decode's.
-FAMILIES = (cache, gemm, gemm_skinny, mla_narrow, mla_wide, prefill, quantize, sampling)
+FAMILIES = (cache, gemm, gemm_skinny, mla_narrow, mla_wide, mla_wide_fp8, prefill, quantize, sampling)
 
 
 def shipped() -> list[Variant]:
