@@ -360,17 +360,12 @@ def draw_of_all(x: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
 
 
 def draw(x: Tensor, kept: Tensor, free: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
-    """One draw a row from softmax(x) over ``kept``.
-
-    Rows of ``free`` (all that holds them back is top-p) first draw from all tokens; a token that is kept stands. In
-    the other rows, and where it is not kept, Gumbel-max over the kept tokens draws, with noise of its own: either draw,
-    given that it decides, is softmax over ``kept``.
-    """
+    """One draw a row from softmax(x) over ``kept``: Gumbel-max over the kept tokens, but in rows of ``free`` (nothing holds
+    them back) from groups of tokens."""
     V = x.shape[1]
     noise = gumbel(philox(seeds, offsets, (V + 3) // 4, TOKENS).flatten(1)[:, :V])
     tokens = _first_argmax((x + noise).masked_fill(~kept, -INF))
-    first = draw_of_all(x, seeds, offsets).clamp(max=V - 1)
-    return torch.where(free & kept.gather(1, first[:, None])[:, 0], first, tokens)
+    return torch.where(free, draw_of_all(x, seeds, offsets).clamp(max=V - 1), tokens)
 
 
 def sample(
@@ -384,7 +379,7 @@ def sample(
     t = o["temperature"][:, None]
     warm = (x / torch.where(t == 0, 1.0, t)).clamp(max=torch.finfo(torch.float32).max)
     kept = survivors(warm, o["top_k"], o["top_p"], o["min_p"])
-    free = ((o["top_k"] <= 0) | (o["top_k"] >= V)) & (o["min_p"] <= 0)
+    free = ((o["top_k"] <= 0) | (o["top_k"] >= V)) & (o["top_p"] >= 1) & (o["min_p"] <= 0)
     drawn = draw(warm, kept, free, seeds, o["offset"])
     tokens = torch.where(t[:, 0] == 0, _first_argmax(x), drawn)
     tokens = torch.where(valid, tokens, 0)

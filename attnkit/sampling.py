@@ -33,6 +33,15 @@ OPTIONS: dict[str, tuple[float, bool, float, float]] = {
     "offset": (0, True, 0, 2**63 - 1),
 }
 _NAMES = tuple(OPTIONS)
+#: name in a signature -> (the argument's, its shape or "" for one bit a token, dtype)
+_MASKS = {
+    "counts": ("output_counts", "B V", torch.int32),
+    "prompt_mask": ("prompt_mask", "B V", torch.bool),
+    "logit_bias": ("logit_bias", "B V", torch.float32),
+    "allowed": ("allowed", "", torch.int32),
+}
+_GIVEN = (*_NAMES, *_MASKS)
+_NUMBERS = frozenset((int, float, bool, type(None)))
 
 
 class Sampled(NamedTuple):
@@ -94,23 +103,23 @@ def sample(
     if logits.dim() != 2:
         raise ValueError(f"{OP}: logits' shape is {list(logits.shape)}, wanted [B, V]")
     B = logits.shape[0]
-    given = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, offset)
-    numbers = [_number(name, x) for name, x in zip(_NAMES, given)]
-    tensors = [x if isinstance(x, Tensor) else None for x in given]
     if logit_bias is not None and logit_bias.dim() == 1:
         logit_bias = logit_bias.expand(B, -1)
-    seeds = _seeds(seed, B, logits.device)
+    options = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, offset)
+    masks = (output_counts, prompt_mask, logit_bias, allowed)
+    seeds = seed if isinstance(seed, Tensor) else _seeds(seed, B, logits.device)
     tokens = logits.new_empty(B, dtype=torch.int64) if out is None else out
     valid = logits.new_empty(B, dtype=torch.bool)
     chosen = top = None
     if logprobs is not None:
         chosen = logits.new_empty((B, 1 + logprobs), dtype=torch.float32)
         top = logits.new_empty((B, 1 + logprobs), dtype=torch.int64)
-    arguments = (logits, seeds, tensors, output_counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, top)
     if config is None and registry.traced(logits):
-        _op(*arguments, numbers, impl)
+        numbers = [_number(name, x) for name, x in zip(_NAMES, options)]
+        tensors = [x if isinstance(x, Tensor) else None for x in options]
+        _op(logits, seeds, tensors, *masks, tokens, valid, chosen, top, numbers, impl)
     else:
-        _run(*arguments, numbers, impl, config)
+        _call(logits, seeds, (*options, *masks), tokens, valid, chosen, top, impl, config)
     return Sampled(tokens, valid, chosen, top)
 
 
@@ -134,11 +143,9 @@ def _range(name: str, low: float, high: float) -> str:
     return f"{low:g} to {high:g}"
 
 
-def _seeds(seed: int | Tensor | None, B: int, device: torch.device) -> Tensor:
+def _seeds(seed: int | None, B: int, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (B,), device=device, dtype=torch.int64)
-    if isinstance(seed, Tensor):
-        return seed
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"{OP}: seed is {seed!r}, wanted a whole number, an int64 tensor [B] or None")
     start = (seed + 2**63) % 2**64 - 2**63
@@ -146,40 +153,35 @@ def _seeds(seed: int | Tensor | None, B: int, device: torch.device) -> Tensor:
 
 
 def _run(
-    logits,
-    seeds,
-    options,
-    counts,
-    prompt_mask,
-    logit_bias,
-    allowed,
-    tokens,
-    valid,
-    chosen,
-    top,
-    numbers,
-    impl,
-    config=None,
-) -> None:
-    tensors = (logits, seeds, *options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, top)
-    aligned = not logits.data_ptr() & 15
+    logits, seeds, options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, top, numbers, impl
+) -> None:  # fmt: skip
+    given = (*(x if t is None else t for t, x in zip(options, numbers)), counts, prompt_mask, logit_bias, allowed)
+    _call(logits, seeds, given, tokens, valid, chosen, top, impl, None)
+
+
+def _call(logits, seeds, given, tokens, valid, chosen, top, impl, config) -> None:
+    """``given``: a value or tensor for each of _NAMES, then a tensor or None for each of _MASKS."""
+    everything = (logits, seeds, tokens, chosen, *given)
+    # The types tell 1 from True; a tensor subclass counts as what it is.
     key = (
-        logits.device, aligned, tuple(numbers), impl, config,
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
+        logits.device, logits.data_ptr() & 15 == 0, impl, config, *map(type, given),
+        *[t if type(t) in _NUMBERS or not isinstance(t, Tensor) else (t.shape, t.stride(), t.dtype) for t in everything],
     )  # fmt: skip
-    plan = _PLANS.get(key)
+    try:
+        plan = _PLANS.get(key)
+    except TypeError:  # something that cannot be hashed, and so is no option: _signature says which
+        plan = None
     if plan is None:
-        sig = _signature(logits, seeds, options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, numbers)
-        plan = _PLANS.put(key, make_plan(KERNELS, sig, impl, config))
+        plan = _PLANS.put(key, make_plan(KERNELS, _signature(logits, seeds, given, tokens, chosen), impl, config))
+        plan.state["given"] = tuple((name, i) for i, name in enumerate(_GIVEN) if isinstance(given[i], Tensor))
     if logits.shape[0]:
-        extra = zip(
-            (*_NAMES, "counts", "prompt_mask", "logit_bias", "allowed"),
-            (*options, counts, prompt_mask, logit_bias, allowed),
-        )
-        plan.launch(plan, logits, seeds, {n: t for n, t in extra if t is not None}, tokens, valid, chosen, top)
+        options = {name: given[i] for name, i in plan.state["given"]}
+        plan.launch(plan, logits, seeds, options, tokens, valid, chosen, top)
 
 
-def _signature(logits, seeds, options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, numbers) -> SampleSig:
+def _signature(logits, seeds, given, tokens, chosen) -> SampleSig:
+    options, masks = given[: len(_NAMES)], given[len(_NAMES) :]
+    numbers = [_number(name, x) for name, x in zip(_NAMES, options)]
     a = check.Letters(OP, logits.device)
     a.tensor("logits", logits, "B V", check.FLOATS)
     B, V = logits.shape
@@ -188,29 +190,22 @@ def _signature(logits, seeds, options, counts, prompt_mask, logit_bias, allowed,
     a.fits("V")
     a.tensor("seed", seeds, "B", (torch.int64,))
     for name, t in zip(_NAMES, options):
-        if t is not None:
+        if isinstance(t, Tensor):
             a.tensor(name, t, "B", (torch.int64,) if OPTIONS[name][1] else (torch.float32,))
-    for name, t, shape, dtype in (
-        ("output_counts", counts, "B V", torch.int32),
-        ("prompt_mask", prompt_mask, "B V", torch.bool),
-        ("logit_bias", logit_bias, "B V", torch.float32),
-    ):
+    for (name, shape, dtype), t in zip(_MASKS.values(), masks):
         if t is not None:
-            a.tensor(name, t, shape, (dtype,))
-    if allowed is not None:
-        a.tensor("allowed", allowed, f"B {(V + 31) // 32}", (torch.int32,))
+            a.tensor(name, t, shape or f"B {(V + 31) // 32}", (dtype,))
     a.tensor("out", tokens, "B", (torch.int64,))
     n = None if chosen is None else chosen.shape[1] - 1
     if n is not None and not 0 <= n <= V:
         raise a.fail("logprobs", n, f"0 to V = {V}")
     static: dict[str, Any] = {
-        name: None if t is not None else (int(x) if OPTIONS[name][1] else float(x))
+        name: None if isinstance(t, Tensor) else (int(x) if OPTIONS[name][1] else float(x))
         for name, t, x in zip(_NAMES, options, numbers)
     }
     return SampleSig(
         op=OP, device=logits.device, dtype=logits.dtype, B=B, V=V, logits_stride=logits.stride(),
-        aligned=check.aligned16(logits), counts=counts is not None, prompt_mask=prompt_mask is not None,
-        logit_bias=logit_bias is not None, allowed=allowed is not None, logprobs=n, **static,
+        aligned=check.aligned16(logits), **{name: t is not None for name, t in zip(_MASKS, masks)}, logprobs=n, **static,
     )  # fmt: skip
 
 

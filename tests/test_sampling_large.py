@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p90": {"top_p": 0.9, "temperature": 0.8},
     "p10": {"top_p": 0.1},
     "p50": {"top_p": 0.5, "temperature": 1.5},
+    "p999": {"top_p": 0.999},
     "min_p": {"min_p": 0.05},
     "p_min_p": {"top_p": 0.9, "min_p": 0.02},
     "all": {"top_k": 60, "top_p": 0.95, "min_p": 0.01, "temperature": 0.7},
@@ -77,10 +78,52 @@ def test_rows_that_no_list_of_candidates_fits(options, impl, device):
     x[4, 39999] = 60.0
     x[5] = -float("inf")
     x[5, 123:140] = -2.0
+    x = x.repeat(3, 1)
     for seed in range(4):
         got, want = both(x, impl, seed=seed, **options)
         assert torch.equal(got.valid, want.valid)
         assert (got.tokens != want.tokens).sum() <= 1
+
+
+@pytest.mark.parametrize(("impl", "device"), GPU)
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_rows_in_order_of_logit(options, impl, device):
+    """A part of a row says nothing about the rest of it: rising, falling, a few large ones at either end, wide apart."""
+    V = 50257
+    x = normal(6, V)
+    x[0] = x[0].sort().values
+    x[1] = x[1].sort(descending=True).values
+    x[2, :40] = 30 + torch.rand(40, device="cuda")
+    x[3, -40:] = 30 + torch.rand(40, device="cuda")
+    x[4] *= 1000
+    x[5] *= 0.1
+    x = x.repeat(3, 1)
+    for seed in range(3):
+        got, want = both(x, impl, seed=seed, **options)
+        assert got.valid.all()
+        assert (got.tokens != want.tokens).sum() <= 1
+
+
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("B", [1, 15, 16, 30, 40, 50, 64, 100, 140, 270])
+@pytest.mark.parametrize("k", [True, False], ids=["k", "no-k"])
+def test_a_batch_of_any_size(k, B, impl, device):
+    """Which kernel draws, and how many CTAs share a row, depends on it; rows of every kind side by side."""
+    V = 33000
+    g = torch.Generator(device="cuda").manual_seed(B)
+
+    def one_of(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor(values, device="cuda", dtype=dtype)[torch.randint(0, len(values), (B,), generator=g, device="cuda")]
+
+    o = {"temperature": one_of(1.0, 0.7, 1.5, 9.0, 0.0), "top_p": one_of(1.0, 0.9, 0.5, 0.99), "min_p": one_of(0.0, 0.0, 0.05)}
+    if k:
+        o["top_k"] = one_of(0, 0, 0, 1, 50, 200, dtype=torch.int64)
+    x = normal(B, V, seed=B)
+    x[B // 3, V - 1] = float("nan")
+    x[B // 2] = -float("inf")
+    got, want = both(x, impl, seed=11, **o)
+    assert torch.equal(got.valid, want.valid)
+    assert (got.tokens != want.tokens).sum() <= B // 64
 
 
 @pytest.mark.parametrize(("impl", "device"), GPU)
@@ -132,14 +175,14 @@ def test_logprobs_at_large_V(dtype, columns, impl, device):
 @pytest.mark.parametrize(("impl", "device"), CUDA)
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_250_repeats_and_every_row_alone(options, impl, device):
-    x = normal(12, 70001)
-    seeds = torch.arange(12, device="cuda") * 1000 + 1
+    x = normal(20, 70001)
+    seeds = torch.arange(20, device="cuda") * 1000 + 1
     first = attnkit.sample(x, seed=seeds, impl=impl, logprobs=5, **options)
     for _ in range(250):
         again = attnkit.sample(x, seed=seeds, impl=impl, logprobs=5, **options)
         assert torch.equal(again.tokens, first.tokens)
         assert torch.equal(again.logprobs.view(torch.int32), first.logprobs.view(torch.int32))
-    for b in range(12):
+    for b in range(20):
         assert attnkit.sample(x[b : b + 1], seed=seeds[b : b + 1], impl=impl, **options).tokens[0] == first.tokens[b]
 
 

@@ -11,8 +11,7 @@ resolve   one program a row: the best draw among the list that the filters let p
           before it; a refused one lowers the bound, and the next best is tried. If the bracket missed or the list ran
           over, it does the same on the whole row: slower, as exact.
 
-Rows that only top-p holds back, or nothing (free rows), first draw from all tokens, by groups, in collect; resolve
-looks whether that token is kept.
+Rows that nothing holds back (free rows) draw by groups, in collect; resolve writes what they drew.
 
 Ties break to the lowest id throughout. Masses are summed as integers, so no order of adding shows in the result.
 """
@@ -59,10 +58,10 @@ FIRST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 BLOCK_WORDS = tl.constexpr(8)
 ROW_WORDS = tl.constexpr(16)
 # Record of a block: 0 largest, 1 mass, 2 NaN (bit 0) and any candidate (bit 1), 3 count above hi, 4-5 mass above hi,
-# 6 best draw above hi, 7 its id; for a free row collect puts the best group's score, the token chosen in it and that
-# token's logit in place of 0 to 2. Record of a row:
+# 6 best draw above hi, 7 its id; for a free row collect puts the best group's score and the token chosen in it in place of
+# 0 and 1. Record of a row:
 # 0 largest, 1 lo, 2 hi, 3 min-p's floor, 4 flags as a block's, 5 length of the list, 6-7 mass of the row, 8 lowest logit
-# that matters, 9 whether the row is free (bit 0) and whether even top-p is off (bit 1).
+# that matters, 9 whether the row is free.
 
 
 @device_function
@@ -246,8 +245,8 @@ def bracket_kernel(
     tl.store(counters + record + 5, 0)
     tl.store(_longs(parts) + (start + record + 6) // 2, total)
     tl.store(words + record + 8, lowest)
-    free = (k_on == 0) & (m <= 0.0) & (cold == 0)
-    tl.store(counters + record + 9, tl.where(free, tl.where(p_on, 1, 3), 0))
+    free = (k_on == 0) & (p_on == 0) & (m <= 0.0) & (cold == 0)
+    tl.store(counters + record + 9, free.to(tl.int32))
 
 
 @device_function
@@ -318,7 +317,7 @@ def collect_kernel(
         _append(l, v, ((l >= low) & (l <= high) & (v < V)).to(tl.int32), words, counters, record, CAP)
         if DRAW:
             over = l > high
-            if (tl.max(tl.max(over.to(tl.int32), 1), 0) > 0) & (free != 3):
+            if (tl.max(tl.max(over.to(tl.int32), 1), 0) > 0) & (free == 0):
                 count += over.to(tl.int32)
                 weight += tl.where(over, tl.exp(l - peak), 0.0)
                 u = uniform4(seed, draw, (block * BLOCK) // 4 + tile * GROUPS + group)
@@ -338,12 +337,10 @@ def collect_kernel(
         tl.store(counters + mine + 7, tl.min(tl.min(tl.where(top == best, at, V), 1), 0))
         if free > 0:
             best, first = first_best(score_at, group_at)
-            logit = best
             if best > NO_LOGIT:
-                first, logit = inside(first, seed, draw, src, strides, num, wide, V, REPEAT, TEMPERED)
+                first, _ = inside(first, seed, draw, src, strides, num, wide, V, REPEAT, TEMPERED)
             tl.store(words + mine, best)
             tl.store(counters + mine + 1, first)
-            tl.store(words + mine + 2, logit)
 
 
 @device_function
@@ -451,36 +448,28 @@ def _best_above(words, counters, longs, blocks, V, BLOCKS_2: tl.constexpr):
 
 @device_function
 def _from_all(words, counters, blocks, BLOCKS_2: tl.constexpr):
-    """The place of a free row's draw from all tokens, from the records of its blocks."""
+    """The token of a free row, from the records of its blocks."""
     z = tl.arange(0, BLOCKS_2)
     best = tl.load(words + z * BLOCK_WORDS, mask=z < blocks, other=float("-inf"))
     tokens = tl.load(counters + z * BLOCK_WORDS + 1, mask=z < blocks, other=NO_TOKEN)
-    logits = tl.load(words + z * BLOCK_WORDS + 2, mask=z < blocks, other=float("-inf"))
-    token = tl.min(tl.where(best == tl.max(best, 0), tokens, NO_TOKEN), 0)
-    return _place(tl.max(tl.where(tokens == token, logits, float("-inf")), 0), token)
+    return tl.min(tl.where(best == tl.max(best, 0), tokens, NO_TOKEN), 0)
 
 
 @device_function
 def _first_to_pass(
-    best, token, first_place, count, weight, target, cut, k, k_on, p_on, peak, min_floor, seed, draw, n,
+    best, token, count, weight, target, cut, k, k_on, p_on, peak, min_floor, seed, draw, n,
     from_list, lists, lowest, src, strides, num, b, V, REPEAT: tl.constexpr, TEMPERED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The best draw that the filters let pass: (noisy logit, id), starting from the best of those that surely do.
 
     ``count`` tokens of ``weight`` precede all of the source. Each turn tries the best draw at or before ``cut``; where
-    that fails, so does every token after it, and the cut moves up to it. Before all, ``first_place``'s
-    token is tried, unless that is LAST.
+    that fails, so does every token after it, and the cut moves up to it.
     """
     turn = tl.full([], 0, tl.int32)
     while turn < V:
-        if (turn == 0) & (first_place > LAST):
-            score = tl.full([], float("inf"), tl.float32)
-            drawn = 0x7FFFFFFF - (first_place & 0xFFFFFFFF).to(tl.int32)
-            place = first_place
-        else:
-            score, drawn, place = _best_draw(
-                cut, min_floor, seed, draw, n, from_list, lists, lowest, src, strides, num, b, V, REPEAT, TEMPERED, TILE
-            )
+        score, drawn, place = _best_draw(
+            cut, min_floor, seed, draw, n, from_list, lists, lowest, src, strides, num, b, V, REPEAT, TEMPERED, TILE
+        )
         turn += 1
         if (score > best) | ((score == best) & (score > NO_LOGIT) & (drawn < token)):
             more, heavier = _before(place, peak, n, from_list, lists, lowest, src, strides, num, b, V, REPEAT, TEMPERED, TILE)
@@ -532,11 +521,11 @@ def resolve_kernel(
     min_floor = tl.load(words + record + 3)
     flags = tl.load(counters + record + 4)
     n = tl.load(counters + record + 5)
-    total = tl.load(_longs(parts) + (start + record + 6) // 2)
     lowest = tl.load(words + record + 8)
     lists = (words + record + ROW_WORDS, counters + record + ROW_WORDS + CAP)
 
     if (flags == 2) & (k_on | p_on) & (num[5] == 0):
+        total = tl.load(_longs(parts) + (start + record + 6) // 2)
         target = (p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
         # The list will do if all above it passes, and all below it does not (or lies too deep to be drawn).
         fits = n <= CAP
@@ -558,16 +547,12 @@ def resolve_kernel(
             cut = _kth(k - count, above, n, from_list, lists, lowest, src, strides, num, wide, V, REPEAT, TEMPERED, TILE)
             _, kept = _before(cut - 1, peak, n, from_list, lists, lowest, src, strides, num, wide, V, REPEAT, TEMPERED, TILE)
             target = (p.to(tl.float64) * (weight + kept).to(tl.float64)).to(tl.int64)
-        free = tl.load(counters + record + 9)
-        first_place = _from_all(words + blocks * (2 * PEAKS), counters + blocks * (2 * PEAKS), blocks, BLOCKS_2)
-        first_place = tl.where(free > 0, first_place, LAST)
         best, token = _first_to_pass(
-            best, token, first_place, count, weight, target, cut, k, k_on, p_on, peak, min_floor, seed, draw, n,
+            best, token, count, weight, target, cut, k, k_on, p_on, peak, min_floor, seed, draw, n,
             from_list, lists, lowest, src, strides, num, wide, V, REPEAT, TEMPERED, TILE,
         )  # fmt: skip
     elif tl.load(counters + record + 9) > 0:
-        first_place = _from_all(words + blocks * (2 * PEAKS), counters + blocks * (2 * PEAKS), blocks, BLOCKS_2)
-        token = 0x7FFFFFFF - (first_place & 0xFFFFFFFF).to(tl.int32)
+        token = _from_all(words + blocks * (2 * PEAKS), counters + blocks * (2 * PEAKS), blocks, BLOCKS_2)
         best = tl.full([], 0.0, tl.float32)
     good = flags == 2
     tl.store(tokens + b, tl.where(good & (best > NO_LOGIT), token, 0).to(tl.int64))
@@ -669,7 +654,7 @@ def bind(
     if exact_k:
         last = launcher(pick_kernel, shape.B, (shape.V, shape.logits_b, columns, 1024), 8)
     else:
-        last = launcher(resolve_kernel, shape.B, (offset, *scalars, top_k, top_p, *flags, blocks_2, 512), 8)
+        last = launcher(resolve_kernel, shape.B, (offset, *scalars, top_k, top_p, *flags, blocks_2, 1024), 8)
     return Bound(stats, bracket, collect, last, part_bytes(shape.B, shape.V))
 
 
@@ -715,7 +700,7 @@ def _specimens() -> list[Specimen]:
             (stats_kernel, row | {"TURNS": 1 if row["REPEAT"] else 4, "STAGES": 1}, 4),
             (bracket_kernel, {"BLOCKS_2": blocks_2, "EXACT": False}, 16),
             (collect_kernel, row | {"DRAW": True, "GROUPS": 256, "STAGES": 1}, 4),
-            (resolve_kernel, row | {"BLOCKS_2": blocks_2, "TILE": 512}, 8),
+            (resolve_kernel, row | {"BLOCKS_2": blocks_2, "TILE": 1024}, 8),
         ):
             if fn is not bracket_kernel or name != "penalties":
                 found.append(specimen(f"{fn.__name__}-{name}", fn, dtype, options, consts | sizes, warps))

@@ -180,7 +180,10 @@ def inside(group, seed, offset, src, strides, num, b, V, REPEAT: tl.constexpr, T
     top = tl.max(l, 0)
     mass = tl.cumsum(tl.exp(l - tl.where(top > NO_LOGIT, top, 0.0)), 0)
     u = tl.max(_uniform_of(seed, offset, group + j * 0, 2, 0), 0)
-    at = tl.minimum(tl.sum((mass <= u * tl.max(mass, 0)).to(tl.int32), 0), 15)
+    # A scan rounds, so sums may differ behind the last token, and the share may be all of it: only tokens that are there count.
+    here = l > NO_LOGIT
+    at = tl.min(tl.where(here & (mass > u * tl.max(mass, 0)), j, 16), 0)
+    at = tl.minimum(at, tl.max(tl.where(here, j, 0), 0))
     return group // 32 * PIECE + at // 4 * (PIECE // 4) + group % 32 * 4 + at % 4, tl.max(tl.where(j == at, l, NO_LOGIT), 0)
 
 

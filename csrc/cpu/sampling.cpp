@@ -187,7 +187,6 @@ class Row {
     if (k_ <= 0 || k_ >= c.V) k_ = 0;
     noise_ = {static_cast<uint64_t>(c.seeds[b]), static_cast<uint64_t>(number(c.offset, c.offsets))};
     best_ = {kMinusInf, -1};
-    first_token_ = -1;
     nan_ = false;
     chunk_.resize(kChunk + kPad);
     if (t_ == 0.0f || k_ == 1)
@@ -274,15 +273,7 @@ class Row {
       kept = std::max<int64_t>(1, nucleus(masses_, 0.0, total * static_cast<double>(p_)));
       if (kept == 1) std::nth_element(masses_.begin(), masses_.begin(), masses_.end(), first_);
     }
-    if (!stands(kept)) draw(kept, top + std::log(min_p_));
-  }
-
-  // Whether the draw from all tokens is among the first `kept` of the masses; then it is the best.
-  bool stands(int64_t kept) {
-    const auto is = [&](const Mass& m) { return id_of(m.key) == first_token_; };
-    if (first_token_ < 0 || std::none_of(masses_.begin(), masses_.begin() + kept, is)) return false;
-    best_ = {0.0f, first_token_};
-    return true;
+    draw(kept, top + std::log(min_p_));
   }
 
   void fill_masses(const std::vector<uint64_t>& keys, float top) {
@@ -306,7 +297,7 @@ class Row {
   // top-p or min-p over the whole vocabulary: the first pass finds the top, the others run from the cache.
   void in_two_passes() {
     const int64_t full = (c_->V + kPad - 1) / kPad * kPad;
-    if (static_cast<int64_t>(row_.size()) < full + kBlock) row_.resize(full + kBlock);
+    if (static_cast<int64_t>(row_.size()) < full) row_.resize(full);
     float top = kMinusInf;
     stream(t_, row_.data(), [&](const float* block, int64_t, int64_t n) { top = std::max(top, ops_->top(block, n)); });
     if (nan_ || top == kMinusInf) return;
@@ -314,11 +305,6 @@ class Row {
     if (p_ >= 1.0f) {
       ops_->noisy(row_.data(), full, 0, low, top, std::numeric_limits<float>::infinity(), noise_, &best_);
       return;
-    }
-    if (min_p_ <= 0.0f) {
-      try_groups(row_.data(), full, 0);
-      if (best_.id >= 0) first_token_ = token_of_group();
-      best_ = {kMinusInf, -1};
     }
     if (c_->V <= 1024) {
       keys_.clear();
@@ -336,11 +322,6 @@ class Row {
     split(top, bin);
     const int64_t kept = std::max<int64_t>(bin == 0, nucleus(masses_, before, target));
     if (kept == 1) std::nth_element(masses_.begin(), masses_.begin(), masses_.end(), first_);
-    if (stands(kept)) return;
-    if (first_token_ >= 0 && top - row_[first_token_] < static_cast<float>(bin) / kBinsPerNat) {
-      best_ = {0.0f, first_token_};
-      return;
-    }
     draw(kept, low);
     // Bins before this one are kept whole.
     if (bin > 0) ops_->noisy(row_.data(), full, 0, low, top, static_cast<float>(bin) / kBinsPerNat, noise_, &best_);
@@ -408,7 +389,6 @@ class Row {
   Noise noise_{};
   Best best_{};
   float inside_[16];
-  int64_t first_token_ = -1;  // drawn from all tokens, if the row is one that tries that
   bool nan_ = false;
   TopK top_;
   std::vector<float> chunk_, row_, values_;

@@ -1,5 +1,5 @@
-"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch without filters; two for a short top-k, one for
-other filters, three where tensors leave that open. One more for log-probabilities."""
+"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch without filters; two for a short top-k and for
+other filters, three where tensors leave open which. One more for log-probabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit import arch, workspace
+from attnkit import arch
 from attnkit.backends.cuda import launch
 from attnkit.backends.cuda.builds import sampling as builds
 from attnkit.backends.cuda.images import Variant
@@ -27,11 +27,14 @@ STRIDES = {"counts": 4, "prompt_mask": 1, "logit_bias": 4, "allowed": 4}
 PARAMS = launch.Fields(
     maps=(),
     words=(*POINTERS, "logits_b", *(f"{name}_b" for name in STRIDES), "offset_value", "top_k_value"),
-    ints=("B", "V", "blocks", "columns", "listed"),
+    ints=("B", "V", "blocks", "columns", "listed", "room"),
     floats=("temperature_value", "top_p_value", "min_p_value", "repetition_value", "presence_value", "frequency_value"),
 )
-EACH_CALL = (*POINTERS, *(f"{name}_b" for name in STRIDES))
 KINDS = {torch.float32: builds.F32, torch.bfloat16: builds.BF16, torch.float16: builds.F16}
+
+
+#: Which rows the filter kernel takes (SampleParams::listed): all, those without a short top-k, those that lists do not decide.
+_LISTED: dict[tuple[str, ...], int] = {("short", "rest"): 1, ("cut", "rest"): 2}
 
 
 def _supports(sig: SampleSig) -> str | None:
@@ -49,13 +52,15 @@ def _supports(sig: SampleSig) -> str | None:
 
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
-    """Who draws: "all" tokens, a "short" top-k, the "rest" of the filters. Each row is drawn by one."""
+    """Who draws: "all" tokens, a "short" top-k, a "cut" by lists, the "rest" of the filters. Each row is drawn by one."""
     if not filtered(sig):
         return ("all",)
     k = sig.top_k
     if k is not None and 0 < k < sig.V and k <= builds.MOST_LISTED:
         return ("short",)
-    return ("rest",) if k is not None else ("short", "rest")
+    if k is None:
+        return ("short", "rest")
+    return ("cut", "rest") if not 0 < k < sig.V and sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
 
 
 def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
@@ -64,6 +69,8 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
         return (builds.draw(kind, penalised, sig.temperature == 0.0),)
     if way == "short":
         return builds.short_top_k(kind, penalised)
+    if way == "cut":
+        return (builds.cut(kind, penalised),)
     held = builds.held_bytes(kind, penalised)
     return (builds.filters(kind, penalised, builds.filter_ctas(builds.cluster(sig.V)[1], held)),)
 
@@ -78,7 +85,7 @@ def _used(sig: SampleSig, options: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: t for n, t in options.items() if n not in idle}
 
 
-def _values(sig: SampleSig) -> dict[str, Any]:
+def _values(sig: SampleSig, strides: dict[str, int]) -> dict[str, Any]:
     def number(name: str, off: float) -> float:
         value = getattr(sig, name)
         return off if value is None else value
@@ -86,78 +93,92 @@ def _values(sig: SampleSig) -> dict[str, Any]:
     return {
         "logits_b": sig.logits_stride[0] * sig.dtype.itemsize, "offset_value": int(number("offset", 0)),
         "top_k_value": int(number("top_k", 0)), "B": sig.B, "V": sig.V, "blocks": -(-sig.V // builds.BLOCK),
-        "listed": int(len(_ways(sig)) > 1),
+        "listed": _LISTED.get(_ways(sig), 0), "room": builds.CUT_ROOM,
         "temperature_value": number("temperature", 1.0), "top_p_value": number("top_p", 1.0),
         "min_p_value": number("min_p", 0.0), "repetition_value": number("repetition_penalty", 1.0),
         "presence_value": number("presence_penalty", 0.0), "frequency_value": number("frequency_penalty", 0.0),
-    }  # fmt: skip
+    } | strides  # fmt: skip
 
 
 def _made(
-    sig: SampleSig, variant: Variant, name: str, grid: int, values: dict[str, Any], *, cluster: int = 1, shared: int = 0,
-    threads: int = builds.THREADS,
+    sig: SampleSig, variant: Variant, name: str, grid: int, values: dict[str, Any], pointers: tuple[str, ...], *,
+    cluster: int = 1, shared: int = 0, threads: int = builds.THREADS,
 ) -> Any:  # fmt: skip
-    """A launch of ``grid`` CTAs, in clusters unless ``cluster`` is 1."""
+    """A launch of ``grid`` CTAs, in clusters unless ``cluster`` is 1; ``pointers`` come with each call, in that order."""
     loaded = launch.kernel(variant, name, launch.index_of(sig.device), shared)
     if cluster > 8:
         loaded.allow_large_clusters()
     return launch.compiled().CudaLaunch(
         loaded, (grid, 1, 1), (threads, 1, 1), (cluster, 1, 1), True, PARAMS.pack(values),
-        [PARAMS.offsets[name] for name in EACH_CALL],
+        [PARAMS.offsets[name] for name in pointers],
     )  # fmt: skip
 
 
-def _prepare(plan: Plan, penalised: bool) -> list[Any]:
-    """The launches that draw, in order."""
-    sig, values, made = plan.sig, _values(plan.sig), []
-    for way in _ways(sig):
+def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
+    """What all calls of a plan have in common."""
+    sig, state, ways = plan.sig, plan.state, _ways(plan.sig)
+    used = _used(sig, options)
+    strides = {f"{name}_b": used[name].stride(0) * size for name, size in STRIDES.items() if name in used}
+    values, penalised = _values(sig, strides), bool(strides)
+    scratch = "peaks" if "short" in ways else "state"
+    pointers = ("logits", "seeds", "tokens", "valid", *used, scratch)
+    state["options"] = tuple(used)
+    state["index"] = launch.index_of(sig.device)
+    state["scratch"] = {}
+    state["counters"] = 4 * sig.B if "all" in ways else 0
+    state["partial_bytes"] = builds.peak_bytes(sig.B, sig.V) if "short" in ways else 4 * sig.B
+    made = []
+    for way in ways:
         variants = _variants(sig, way, penalised)
         if way == "all":
-            made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values))
+            made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values, pointers))
         elif way == "short":
-            made.append(_made(sig, variants[0], "attnkit_sample_peaks", plan.config.ctas, values))
-            made.append(_made(sig, variants[1], "attnkit_sample_topk", sig.B, values, threads=builds.TOPK_THREADS))
+            made.append(_made(sig, variants[0], "attnkit_sample_peaks", plan.config.ctas, values, pointers))
+            made.append(
+                _made(sig, variants[1], "attnkit_sample_topk", sig.B, values, pointers, threads=builds.TOPK_THREADS)
+            )  # fmt: skip
+        elif way == "cut":
+            size = builds.parts(sig.B, sig.V, arch.of(sig.device).sms, sig.top_p != 1.0)
+            shared = builds.CUT_BYTES + 8 * builds.CUT_ROOM
+            name, grid = "attnkit_sample_cut", sig.B * size
+            made.append(_made(sig, variants[0], name, grid, values, pointers, cluster=size, shared=shared))
         else:
             size, tiles = builds.cluster(sig.V)
             shared = builds.slice_bytes(tiles, builds.held_bytes(KINDS[sig.dtype], penalised))
-            made.append(_made(sig, variants[0], "attnkit_sample_filter", sig.B * size, values, cluster=size, shared=shared))
-    return made
+            name, grid = "attnkit_sample_filter", sig.B * size
+            made.append(_made(sig, variants[0], name, grid, values, pointers, cluster=size, shared=shared))
+    state["draw"] = tuple(made)
+    if sig.logprobs is not None:
+        state["logprobs"] = _prepare_logprobs(sig, values)
 
 
-def _prepare_logprobs(sig: SampleSig) -> Any:
+def _prepare_logprobs(sig: SampleSig, values: dict[str, Any]) -> Any:
     size, tiles = builds.cluster(sig.V)
-    kind, values = KINDS[sig.dtype], _values(sig) | {"columns": sig.logprobs}
+    kind = KINDS[sig.dtype]
     held = builds.held_bytes(kind, False)
-    variant = builds.logprobs(kind, builds.filter_ctas(tiles, held))
-    shared = builds.slice_bytes(tiles, held)
-    return _made(sig, variant, "attnkit_sample_logprobs", sig.B * size, values, cluster=size, shared=shared)
+    return _made(
+        sig, builds.logprobs(kind, builds.filter_ctas(tiles, held)), "attnkit_sample_logprobs", sig.B * size,
+        values | {"columns": sig.logprobs}, ("logits", "tokens", "chosen", "top_ids"), cluster=size,
+        shared=builds.slice_bytes(tiles, held),
+    )  # fmt: skip
 
 
 def _launch(
     plan: Plan, logits: Tensor, seeds: Tensor, options: dict[str, Tensor], tokens: Tensor, valid: Tensor,
     logprobs: Tensor | None, top_ids: Tensor | None,
 ) -> None:  # fmt: skip
-    sig, state = plan.sig, plan.state
-    used = _used(sig, options)
-    draw = "penalised" if any(name in used for name in STRIDES) else "plain"
-    if draw not in state:
-        state[draw] = _prepare(plan, draw == "penalised")
-    ways = _ways(sig)
-    counters = workspace.counters(sig.device, 4 * sig.B) if "all" in ways else None
-    peaks = workspace.partials(sig.device, builds.peak_bytes(sig.B, sig.V)) if "short" in ways else None
-    own = {"logits": logits, "seeds": seeds, "tokens": tokens, "valid": valid, "state": counters, "peaks": peaks}
-    own |= {"chosen": logprobs, "top_ids": top_ids} | used
-    arguments = (
-        launch.stream_of(launch.index_of(sig.device)),
-        *(launch.pointer(own.get(name)) for name in POINTERS),
-        *(used[name].stride(0) * size if name in used else 0 for name, size in STRIDES.items()),
-    )
-    for made in state[draw]:
-        made(*arguments)
+    state = plan.state
+    if "draw" not in state:
+        _prepare(plan, options)
+    stream = launch.stream_of(state["index"])
+    pointers = [logits.data_ptr(), seeds.data_ptr(), tokens.data_ptr(), valid.data_ptr()]
+    pointers += [options[name].data_ptr() for name in state["options"]]
+    partials, counters = launch.scratch(plan, stream)
+    pointers.append(counters if state["counters"] else partials)
+    for made in state["draw"]:
+        made(stream, *pointers)
     if logprobs is not None:
-        if "logprobs" not in state:
-            state["logprobs"] = _prepare_logprobs(sig)
-        state["logprobs"](*arguments)
+        state["logprobs"](stream, pointers[0], pointers[2], logprobs.data_ptr(), launch.pointer(top_ids))
 
 
 SAMPLE = Kernel("cuda_sm90", "cuda", _supports, _launch, sampling_cuda.CUDA)

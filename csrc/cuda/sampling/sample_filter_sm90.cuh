@@ -1,5 +1,6 @@
 // top-k, top-p and min-p: a cluster holds a row in its shared memory, so the logits are read from memory once.
-// Rows of a short top-k go to sample_topk_sm90.cuh; sample_list_sm90.cuh lists few tokens for log-probabilities.
+// Rows of a short top-k go to sample_topk_sm90.cuh, most of top-p and min-p to sample_cut_sm90.cuh; sample_list_sm90.cuh lists
+// few tokens for log-probabilities.
 //
 // No cut is looked for: a draw from all tokens is checked by counting and weighing what precedes it. Where a filter
 // refuses it, so it does everything that follows, and the best of the tokens before it is tried.
@@ -484,9 +485,14 @@ ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
   // Rows that the grid before takes are passed over while that one runs: it started when all before it had ended, so a
   // row's options are there. One CTA stays to its end, so that this grid's end is the end of both.
-  if (p.listed != 0 && listed_k(p, static_cast<int>(blockIdx.x / cluster_size())) != 0) {
+  if (p.listed == 1 && listed_k(p, static_cast<int>(blockIdx.x / cluster_size())) != 0) {
     if (blockIdx.x == 0) wait_for_previous_grid();
     return;
+  }
+  // Rows that the lists have decided.
+  if (p.listed == 2) {
+    wait_for_previous_grid();
+    if (p.state[blockIdx.x / cluster_size()] == 0) return;
   }
   auto row = begin_row<Type, Penalised>(p, memory);
   const RowPointers pointers = row_pointers<Type>(p, row.b);
@@ -497,7 +503,7 @@ ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
   // Where the first draw can be made from all tokens it is made as they are read.
   const bool early = !row.o.cold && ratio <= 0.0f && (k == 0 || share >= 1.0f);
   float peak = negative_infinity();
-  if (early && k == 0) {
+  if (early && k == 0 && share >= 1.0f) {
     Best best;
     Floor floor(&row.s.reached_by_groups, 0);
 #pragma unroll 1

@@ -139,7 +139,8 @@ ATTNKIT_DEVICE int choose_inside(float (&four)[4], int group, u64 seed, u64 offs
   }
   u32 w[4];
   philox_words(seed, offset, kInside, static_cast<u32>(group), w);
-  const float reach = __fmul_rn(uniform(w[0]), all);
+  // Rounding must not make it the whole sum, which no token exceeds.
+  const float reach = fminf(__fmul_rn(uniform(w[0]), all), __uint_as_float(__float_as_uint(all) - 1));
   int at = 4;
 #pragma unroll
   for (int i = 3; i >= 0; --i) at = __fadd_rn(before, to[i]) > reach ? i : at;

@@ -35,7 +35,7 @@ struct SampleParams {
   i64* top_ids;
   i64 logits_b, counts_b, prompt_b, bias_b, allowed_b;
   i64 offset_value, top_k_value;
-  int B, V, blocks, columns, listed;
+  int B, V, blocks, columns, listed, room;
   float temperature_value, top_p_value, min_p_value, repetition_value, presence_value, frequency_value;
 };
 

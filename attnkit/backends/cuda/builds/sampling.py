@@ -14,6 +14,12 @@ GROUP = 16
 #: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
 STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
+#: sizeof(CutShared) in csrc/cuda/sampling/sample_share_sm90.cuh, and how many tokens the list after it has room for.
+CUT_BYTES, CUT_ROOM = 17312, 12032
+#: CTAs that a row is shared by at most, and blocks of a share.
+MOST_PARTS, MOST_BLOCKS = 8, 448
+#: Fewer rows are read sooner by the filter kernel.
+LEAST_CUT_ROWS = 16
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
@@ -49,6 +55,24 @@ def filters(kind: int, penalised: bool, ctas: int) -> Variant:
     return variant("sampling/sample_filter_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
+def cut(kind: int, penalised: bool) -> Variant:
+    """csrc/cuda/sampling/sample_cut_sm90.cu: top-p and min-p without top-k, by lists."""
+    values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": STREAM_CTAS}
+    return variant("sampling/sample_cut_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+
+
+def parts(B: int, V: int, sms: int, long_lists: bool) -> int:
+    """CTAs that share a row: as many as find room at the same time, if each of their warps has a block.
+
+    Clusters of more than two do not fit everywhere: the larger, the fewer CTAs run at the same time. Where lists may be long
+    two CTAs are the least, for their room.
+    """
+    blocks, slots = -(-V // BLOCK), STREAM_CTAS * sms
+    fitting = (n for n in range(MOST_PARTS, 1, -1) if n * B <= slots * (1.0 if n == 2 else 0.84))
+    most = max(next(fitting, 1 + long_lists), -(-blocks // MOST_BLOCKS))
+    return max(1, min(MOST_PARTS, most, -(-blocks // (THREADS // 32))))
+
+
 def logprobs(kind: int, ctas: int) -> Variant:
     """csrc/cuda/sampling/sample_logprobs_sm90.cu."""
     values = {"TYPE": kind, "CTAS": ctas}
@@ -81,5 +105,6 @@ def shipped() -> list[Variant]:
     kinds = (F32, BF16)
     draws = [draw(kind, *how) for kind in kinds for how in ((False, False), (False, True), (True, False))]
     cuts = [filters(kind, penalised, 3) for kind in kinds for penalised in (False, True)]
+    cuts += [cut(kind, penalised) for kind in kinds for penalised in (False, True)]
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
     return [*draws, *cuts, *short, *(logprobs(kind, 3) for kind in kinds)]
