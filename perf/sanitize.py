@@ -52,9 +52,12 @@ def cases() -> Iterator[tuple[Any, str]]:
         MlaPrefill(B=2, L=130, H=2),
         *(Gemm(M=M, N=520, K=512, dtype=kind, bias=True) for M in (5, 70, 300) for kind in ("int8", "fp8")),
         *(Gemm(M=64, N=520, K=2048, dtype=kind, bias=True) for kind in ("int8", "fp8")),
+        Gemm(M=1500, N=4160, K=256, dtype="fp8"),  # several tiles a CTA, each begun while the one before it is finished
         *(Quantize(M=9, K=1000, dtype=kind) for kind in ("int8", "fp8")),
         Sample(B=3, V=32003, top_k=50, top_p=0.9),
         Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
+        Sample(B=16, V=32003, top_p=0.9),
+        Sample(B=16, V=32003, temperature=9.0, top_p=0.9),  # more tokens are kept than lists hold
         Sample(B=3, V=32003, dtype="bf16"),
         Sample(B=3, V=32003, temperature=0.0),
         Sample(B=3, V=32003, top_k=300, logprobs=5),

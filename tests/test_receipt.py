@@ -9,7 +9,10 @@ import pytest
 
 from perf import readme, receipt, session
 
-JUNIT = '<testsuites><testsuite tests="9" failures="{failed}" errors="1" skipped="2"/><testsuite tests="3"/></testsuites>'
+CASE = '<testcase classname="t" name="{}">{}</testcase>'
+#: Nine passed, two skipped; one failed, and its clean-up did too.
+JUNIT = [CASE.format(f"p{i}", "") for i in range(9)] + [CASE.format(f"s{i}", "<skipped/>") for i in range(2)]
+FAILED = [CASE.format("f", "<failure/>"), CASE.format("f", "<error/>")]
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def outputs(tree, source, gpu="nvidia-h200", failed=1):
     run.write_text(
         json.dumps({"source": source, "gpu": gpu, "versions": {}, "roofs": {}, "rows": rows, "engine": [{"case": "x"}]})
     )
-    junit.write_text(JUNIT.format(failed=failed))
+    junit.write_text(f"<testsuites><testsuite>{''.join(JUNIT + FAILED * failed)}</testsuite></testsuites>")
     return run, [junit]
 
 
@@ -92,7 +95,7 @@ def test_a_receipt_has_what_is_asked_for(tree, monkeypatch):
     assert path.name == "nvidia-h200.json"
     data = json.loads(path.read_text())
     assert set(data) >= {"source", "gpu", "versions", "roofs", "tests", "rows", "engine"}
-    assert data["tests"] == {"passed": 8, "failed": 2, "skipped": 2}
+    assert data["tests"] == {"passed": 9, "failed": 1, "skipped": 2}
     assert data["rows"][0]["us"] == 1.2346 and data["engine"] == [{"case": "x"}]
 
 
