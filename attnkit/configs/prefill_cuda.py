@@ -80,7 +80,8 @@ PARTS = (
     "prefill/prefill_overlap_sm90",
     "prefill/prefill_overlap_shared",
     "prefill/prefill_overlap_load",
-    "prefill/prefill_overlap_softmax",
+    "prefill/prefill_products",
+    "prefill/prefill_items",
     "prefill/prefill_schedule",
     "common/wgmma_sm90",
 )

@@ -8,8 +8,8 @@
 // gap: the next item's first product is issued before this item's output is written.
 #pragma once
 #include "prefill_overlap_load.cuh"
-#include "prefill_overlap_softmax.cuh"
 #include "prefill_products.cuh"
+#include "prefill_softmax.cuh"
 
 namespace attnkit {
 
@@ -38,6 +38,7 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
   using Base::p, Base::s, Base::group, Base::lane, Base::k_ring, Base::q_ring, Base::items, Base::rows, Base::scores, Base::out,
       Base::probabilities, Base::BN, Base::take_turn, Base::give_turn, Base::multiply_qk, Base::rescale, Base::release_k,
       Base::release_v, Base::release_q, Base::wait_k, Base::wait_v, Base::wait_q, Base::clear_values_beyond, Base::place_rows;
+  static constexpr int Scores = BN / 2;
   static constexpr bool Halves = BN == 128;  // a tile's last block may be 64 keys wide
 
   ATTNKIT_DEVICE void round_probabilities() {
@@ -64,25 +65,25 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
   ATTNKIT_DEVICE bool weigh(const Span& span, const Cap& cap, const float (&factor)[2], int block, float (&decay)[2]) {
     const bool cut_high = Cut && block * BN + BN > span.full_high, cut_low = Cut && block * BN < span.full_low;
     if constexpr (Capped) {  // the cap's form goes by what it sees, and that must not be what happens to stand behind the keys
-      if (cut_high) rows.mask_high(scores, block * BN, 0.f);
-      if (cut_low) rows.mask_low(scores, block * BN, 0.f);
-      const bool small = cap.small(scores, rows.high);
+      if (cut_high) rows.template mask_high<Scores>(scores, block * BN, 0.f);
+      if (cut_low) rows.template mask_low<Scores>(scores, block * BN, 0.f);
+      const bool small = cap.template small<Scores>(scores, rows.high);
       if (!Cut && small && cap.flat) {  // in one piece, so that polynomials run beside exponentials
-        rows.weigh_flat(scores, [&](float s) { return cap.of_small(s); });
+        rows.template weigh_flat<Scores, false>(scores, [&](float s) { return cap.of_small(s); });
         return false;
       }
-      cap.apply(scores, small);
+      cap.template apply<Scores>(scores, small);
     }
-    if (cut_high) rows.mask_high(scores, block * BN, negative_infinity());
-    if (cut_low) rows.mask_low(scores, block * BN, negative_infinity());
+    if (cut_high) rows.template mask_high<Scores>(scores, block * BN, negative_infinity());
+    if (cut_low) rows.template mask_low<Scores>(scores, block * BN, negative_infinity());
     if constexpr (Capped) {
       if (cap.flat) {
-        rows.weigh_flat(scores, [](float s) { return s; });
+        rows.template weigh_flat<Scores, false>(scores, [](float s) { return s; });
         return false;
       }
     }
-    const bool shrinks = rows.lift(scores, factor, decay);
-    rows.weigh(scores, factor, decay);
+    const bool shrinks = rows.template lift<Scores, false>(scores, factor, decay);
+    rows.template weigh<Scores, false>(scores, factor, decay);
     return shrinks;
   }
 

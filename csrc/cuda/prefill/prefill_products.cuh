@@ -7,7 +7,7 @@
 
 namespace attnkit {
 
-// Rows: what happens to the scores (prefill_softmax.cuh, prefill_overlap_softmax.cuh).
+// Rows: what happens to the scores (prefill_softmax.cuh).
 template <class Shape, class Rows>
 struct PrefillProducts {
   static constexpr int BN = Shape::BN;

@@ -192,13 +192,13 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
     if constexpr (Capped) {  // the cap's form goes by what it sees, and that must not be what happens to stand behind the keys
       if (cut_high) rows.template mask_high<N>(scores, block * BN, 0.f);
       if (cut_low) rows.template mask_low<N>(scores, block * BN, 0.f);
-      cap.template apply<N>(scores, rows.high);
+      cap.template apply<N>(scores, cap.template small<N>(scores, rows.high));
     }
     if (cut_high) rows.template mask_high<N>(scores, block * BN, negative_infinity());
     if (cut_low) rows.template mask_low<N>(scores, block * BN, negative_infinity());
     if constexpr (Capped) {
       if (cap.flat) {
-        rows.template weigh_flat<N, First>(scores);
+        rows.template weigh_flat<N, First>(scores, [](float x) { return x; });
         return false;
       }
     }

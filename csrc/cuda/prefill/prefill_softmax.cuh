@@ -28,26 +28,36 @@ struct Cap {
     flat = wide_range && softcap <= kMostFlatCap;
   }
 
-  // The first N scores of a thread. A warp goes by the polynomial where all its scores are small; rows that see no keys
+  // Of the first N scores of a thread. A warp goes by the polynomial where all its scores are small; rows that see no keys
   // (high = 0) have no say.
   template <int N, int Held>
-  ATTNKIT_DEVICE void apply(float (&scores)[Held], const int (&high)[2]) const {
+  ATTNKIT_DEVICE bool small(const float (&scores)[Held], const int (&high)[2]) const {
     float most[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < N; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fabsf(scores[i]));
-    if (!__any_sync(~0u, fmaxf(high[0] ? most[0] : 0.f, high[1] ? most[1] : 0.f) > reach)) {
+    return !__any_sync(~0u, fmaxf(high[0] ? most[0] : 0.f, high[1] ? most[1] : 0.f) > reach);
+  }
+
+  ATTNKIT_DEVICE float of_small(float s) const {
+    const float t = s * s;
+    return s * fmaf(fmaf(c2, t, c1), t, c0);
+  }
+
+  ATTNKIT_DEVICE float of_any(float s) const { return outer - 2.0f * outer * reciprocal(1.0f + exp2_fast(s * inner)); }
+
+  template <int N, int Held>
+  ATTNKIT_DEVICE void apply(float (&scores)[Held], bool small) const {
+    if (small) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float s = scores[i], t = s * s;
-        scores[i] = s * fmaf(fmaf(c2, t, c1), t, c0);
-      }
+      for (int i = 0; i < N; ++i) scores[i] = of_small(scores[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < N; ++i) scores[i] = outer - 2.0f * outer * reciprocal(1.0f + exp2_fast(scores[i] * inner));
+      for (int i = 0; i < N; ++i) scores[i] = of_any(scores[i]);
     }
   }
 };
 
+// N: how many of a thread's scores count. First: nothing has been summed yet.
 struct Rows {
   float top[2], sum[2];  // the maximum that sums and outputs are relative to (a raw score), this thread's part of the sum
   int low[2], high[2];   // keys the rows see: [low, high)
@@ -75,9 +85,9 @@ struct Rows {
     }
   }
 
-  // Logits (in log2) to weights relative to 2^0.
-  template <int N, bool First, int Held>
-  ATTNKIT_DEVICE void weigh_flat(float (&scores)[Held]) {
+  // Weights relative to 2^0 of what ``logit`` (in log2) makes of the scores.
+  template <int N, bool First, int Held, class Logit>
+  ATTNKIT_DEVICE void weigh_flat(float (&scores)[Held], const Logit& logit) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float total = First ? 0.f : sum[r], other = 0.f;
@@ -85,8 +95,8 @@ struct Rows {
       for (int i = 0; i < N / 4; ++i) {
         float& x = scores[4 * i + 2 * r];
         float& y = scores[4 * i + 2 * r + 1];
-        x = exp2_fast(x);
-        y = exp2_fast(y);
+        x = exp2_fast(logit(x));
+        y = exp2_fast(logit(y));
         total += x;
         other += y;
       }
