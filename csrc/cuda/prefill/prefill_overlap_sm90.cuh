@@ -190,80 +190,12 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
       }
       if ((*items).pieces == 1) {
         finish(*items, at, false);
-      } else if (meet(*items)) {
+      } else if (this->meet(*items, [&](int) { return log2_unit(); })) {
         finish(*items, at, true);
       }
       items.release();
       items.wait();
     }
-  }
-
-  // Where the pieces of a tile meet. Each thread leaves its part of the outputs, maxima and sums in the workspace and
-  // the warpgroup that comes last adds the parts of all up, in the order of the pieces; true there.
-  ATTNKIT_DEVICE bool meet(const Tile& t) {
-    constexpr int Units = Shape::DV / 8;
-    float4* values = reinterpret_cast<float4*>(p.partial);
-    float4* weights = values + static_cast<i64>(p.slots) * (Shape::Consumers * 128 * Units);
-    auto mine = [&](int piece) { return static_cast<i64>(t.slot0 + piece) * Shape::Consumers + group; };
-    float4* to = values + mine(t.piece) * (128 * Units) + lane;
-#pragma unroll
-    for (int i = 0; i < Units; ++i) to[i * 128] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
-    rows.top[0] *= log2_unit();  // the pieces meet in logits
-    rows.top[1] *= log2_unit();
-    weights[mine(t.piece) * 128 + lane] = make_float4(rows.top[0], rows.top[1], rows.sum[0], rows.sum[1]);
-    int* counter = p.counters + 2 + mine(0);
-    named_barrier(6 + group, 128);
-    if (lane == 0) {
-      const bool last = count_arrival(counter) == t.pieces - 1;
-      if (last) *counter = 0;
-      s.last[group] = last;
-    }
-    named_barrier(6 + group, 128);
-    if (s.last[group] == 0) return false;
-    rows.clear();
-    for (int i = 0; i < t.pieces; ++i) {
-      const float4 w = load_l2(weights + mine(i) * 128 + lane);
-      rows.top[0] = fmaxf(rows.top[0], w.x);
-      rows.top[1] = fmaxf(rows.top[1], w.y);
-    }
-#pragma unroll
-    for (int i = 0; i < Shape::DV / 2; ++i) out[i] = 0.f;
-    constexpr int Batch = Units < 16 ? Units : 16, Together = Shape::DV == 256 ? 1 : 2;  // pieces whose values are on their way at once
-#pragma unroll 1
-    for (int piece0 = 0; piece0 < t.pieces; piece0 += Together) {
-      float by[Together][2];
-#pragma unroll
-      for (int n = 0; n < Together; ++n) {
-        float4 w = make_float4(negative_infinity(), negative_infinity(), 0.f, 0.f);
-        if (piece0 + n < t.pieces) w = load_l2(weights + mine(piece0 + n) * 128 + lane);
-        by[n][0] = w.x == negative_infinity() ? 0.f : exp2_fast(w.x - rows.top[0]);
-        by[n][1] = w.y == negative_infinity() ? 0.f : exp2_fast(w.y - rows.top[1]);
-        rows.sum[0] = fmaf(w.z, by[n][0], rows.sum[0]);
-        rows.sum[1] = fmaf(w.w, by[n][1], rows.sum[1]);
-      }
-#pragma unroll
-      for (int first = 0; first < Units; first += Batch) {
-        float4 got[Together][Batch];
-#pragma unroll
-        for (int n = 0; n < Together; ++n) {
-          const float4* from = values + mine(min(piece0 + n, t.pieces - 1)) * (128 * Units) + lane;
-#pragma unroll
-          for (int i = 0; i < Batch; ++i) got[n][i] = load_l2(from + (first + i) * 128);
-        }
-#pragma unroll
-        for (int n = 0; n < Together; ++n) {
-#pragma unroll
-          for (int i = 0; i < Batch; ++i) {
-            float* to = out + 4 * (first + i);
-            to[0] = fmaf(got[n][i].x, by[n][0], to[0]);
-            to[1] = fmaf(got[n][i].y, by[n][0], to[1]);
-            to[2] = fmaf(got[n][i].z, by[n][1], to[2]);
-            to[3] = fmaf(got[n][i].w, by[n][1], to[3]);
-          }
-        }
-      }
-    }
-    return true;
   }
 
   // What a row's maximum is times to be a logit in log2. A capped score is one already.
