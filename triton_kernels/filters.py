@@ -338,7 +338,7 @@ def collect_kernel(
         if free > 0:
             best, first = first_best(score_at, group_at)
             if best > NO_LOGIT:
-                first, _ = inside(first, seed, draw, src, strides, num, wide, V, REPEAT, TEMPERED)
+                first = inside(first, seed, draw, src, strides, num, wide, V, REPEAT, TEMPERED)
             tl.store(words + mine, best)
             tl.store(counters + mine + 1, first)
 

@@ -173,7 +173,7 @@ def group_scores(l, peaks, u, PIECES: tl.constexpr):
 
 @device_function
 def inside(group, seed, offset, src, strides, num, b, V, REPEAT: tl.constexpr, TEMPERED: tl.constexpr):
-    """(token, its logit) that a group's choice falls on. See draw_of_all in attnkit/reference.py."""
+    """The token that a group's choice falls on. See draw_of_all in attnkit/reference.py."""
     j = tl.arange(0, 16)
     v = group // 32 * PIECE + j // 4 * (PIECE // 4) + group % 32 * 4 + j % 4
     l, _, _ = scores(src, strides, num, b, v, V, REPEAT, TEMPERED)
@@ -184,7 +184,7 @@ def inside(group, seed, offset, src, strides, num, b, V, REPEAT: tl.constexpr, T
     here = l > NO_LOGIT
     at = tl.min(tl.where(here & (mass > u * tl.max(mass, 0)), j, 16), 0)
     at = tl.minimum(at, tl.max(tl.where(here, j, 0), 0))
-    return group // 32 * PIECE + at // 4 * (PIECE // 4) + group % 32 * 4 + at % 4, tl.max(tl.where(j == at, l, NO_LOGIT), 0)
+    return group // 32 * PIECE + at // 4 * (PIECE // 4) + group % 32 * 4 + at % 4
 
 
 @device_function

@@ -147,7 +147,7 @@ def draw_kernel(
     if last > 0:
         if not GREEDY:
             if (cold == 0) & (best > NO_LOGIT):
-                token, _ = inside(token, seed, draw, src, strides, num, wide, V, REPEAT, TEMPERED)
+                token = inside(token, seed, draw, src, strides, num, wide, V, REPEAT, TEMPERED)
         _write_token(tokens, valid, b, best, token, nans, alive)
 
 

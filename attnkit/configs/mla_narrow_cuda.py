@@ -44,6 +44,8 @@ CUDA = Space(
     decode_bucket,
     sources=(
         "csrc/cuda/mla/mla_narrow_sm90.cuh",
+        "csrc/cuda/mla/mla_narrow_fp8_sm90.cuh",
+        "csrc/cuda/mla/mla_narrow_common.cuh",
         "csrc/cuda/decode/decode_schedule.cuh",
         "csrc/cuda/decode/decode_combine.cuh",
     ),
