@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import time
 import pytest
 import torch
 
-from perf.calls import calls
+from perf import peers
+from perf.calls import calls, cases
 from perf.receipt import ROOT
 
 #: Seconds that an op's first call may take, and microseconds of host time that an eager paged_decode may.
@@ -49,6 +51,23 @@ def host_us(call, calls: int = 200, rounds: int = 7) -> float:
     return statistics.median(taken)
 
 
+def peers_host_us() -> dict[str, float]:
+    """Host time of each op's quickest library; what it plans or schedules before the call is not counted."""
+    device, quickest = torch.device("cuda"), {}
+    for name, case in cases().items():
+        x = case.build(device)
+        libraries = [make for peer, make in peers.makers(case, device).items() if peer in peers.LIBRARIES]
+        for make in libraries:
+            try:
+                call = make(case, x)
+                if peers.right(case, x, call):
+                    quickest[name] = min(host_us(call), quickest.get(name, math.inf))
+            except peers.Unsuited:
+                continue
+    return quickest
+
+
 def test_host_cost(bench):
     bench.calls["host time of a call, us"] = found = {name: host_us(call) for name, call in calls()}
+    bench.calls["of the quickest library's, us"] = peers_host_us()
     assert found["paged_decode"] <= HOST_LIMIT

@@ -13,20 +13,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnkit.workload import Case
 
 
-def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each op, small, in the form that most models call it in."""
-    import torch
-
-    import attnkit
+def cases() -> dict[str, Case]:
+    """The ops that have cases, small, in the form that most models call them in."""
     from attnkit.workload import Gemm, Quantize, Sample
     from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
     from attnkit.workload_quantize import RmsNormQuantize, SiluMulQuantize
 
-    device = torch.device("cuda")
-    cases = {
+    return {
         "paged_prefill": Prefill(B=2, L=300, Hq=32, Hkv=8),
         "paged_decode": Decode(B=2, L=300, Hq=32, Hkv=8),
         "paged_decode fp8 cache": Decode(B=2, L=300, Hq=32, Hkv=8, kv="fp8"),
@@ -41,7 +40,16 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         "sample top-k top-p": Sample(B=2, V=32000, top_k=50, top_p=0.9),
         "sample temperature": Sample(B=2, V=32000),
     }
-    built = {name: (case, case.build(device)) for name, case in cases.items()}
+
+
+def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A call of every op, those of ``cases`` first."""
+    import torch
+
+    import attnkit
+
+    device = torch.device("cuda")
+    built = {name: (case, case.build(device)) for name, case in cases().items()}
     kv = torch.zeros(8, 2, 16, 8, 128, device=device, dtype=torch.bfloat16)
     k, v = torch.randn(2, 5, 8, 128, device=device, dtype=torch.bfloat16)
     latent, rope = (torch.randn(5, n, device=device, dtype=torch.bfloat16) for n in (512, 64))

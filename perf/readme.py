@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from perf.peers import LIBRARIES
 from perf.receipt import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -39,8 +40,6 @@ SHOWN = {
     "B256-V131072-temperature-fp32": "Sample, temperature, 256 x 131k",
     "B128-V131072-greedy-fp32": "Sample, greedy, 128 x 131k",
 }
-#: Peers that are kernel libraries; torch's own operations are no measure.
-LIBRARIES = ("FA3", "FlashInfer", "FlashMLA", "CUTLASS", "vLLM", "_scaled_mm")
 FAMILIES = {"prefill": "prefill", "decode": "decode", "mla": "MLA", "gemm": "GEMM and quantising", "sampling": "sampling"}
 
 
@@ -102,9 +101,11 @@ def _around(receipt: dict[str, Any]) -> list[str]:
     first, host = calls.get("first call, s (cubins)"), calls.get("host time of a call, us")
     if first and host:
         op, seconds = max(first.items(), key=lambda p: p[1])
+        theirs = calls.get("of the quickest library's, us", {}).get("paged_decode")
+        beside = f" (the quickest peer's, planned before: {theirs:.0f} us)" if theirs else ""
         lines.append(
             f"On empty caches the slowest first call of {len(first)} ops takes {seconds:.1f} s ({op});"
-            f" an eager `paged_decode` costs the host {host['paged_decode']:.0f} us."
+            f" an eager `paged_decode` costs the host {host['paged_decode']:.0f} us{beside}."
         )
     batch = next((e for e in receipt["engine"] if "-B8-" in e["case"]), None)
     if batch:

@@ -245,7 +245,7 @@ def _calls_table(measured: dict[str, dict[str, float]]) -> Any:
     for what in measured:
         table.add_column(what, justify="right")
     for op in next(iter(measured.values())):
-        table.add_row(op, *(f"{found[op]:.2f}" for found in measured.values()))
+        table.add_row(op, *(f"{found[op]:.2f}" if op in found else "-" for found in measured.values()))
     return table
 
 

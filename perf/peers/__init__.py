@@ -14,7 +14,7 @@ from perf.peers import attention, cache, gemm, sampling
 from perf.peers.base import Call, Maker, Unsuited, module
 from perf.peers.gemm import better_products
 
-__all__ = ["PEERS", "PEER_LIMIT", "Unsuited", "better_products", "makers", "module", "right"]
+__all__ = ["LIBRARIES", "PEERS", "PEER_LIMIT", "Unsuited", "better_products", "makers", "module", "right"]
 
 #: (op, device type, name shown, module it needs, maker)
 PEERS: tuple[tuple[str, str, str, str | None, Maker], ...] = (
@@ -44,6 +44,9 @@ PEERS: tuple[tuple[str, str, str, str | None, Maker], ...] = (
     ("write_kv", "any", "torch", None, cache.torch_write),
     ("merge_states", "any", "torch", None, cache.torch_merge),
 )
+
+#: Peers that are kernel libraries; torch's own operations are no measure.
+LIBRARIES = ("FA3", "FlashInfer", "FlashMLA", "CUTLASS", "vLLM", "_scaled_mm")
 
 
 def makers(case: Case, device: torch.device) -> dict[str, Maker]:
