@@ -7,12 +7,13 @@ from torch import Tensor
 
 from attnkit import attention, check, registry, settings
 from attnkit.backends import torch_ref
+from attnkit.backends.cuda import latent as cuda_latent
 from attnkit.backends.triton import latent as triton_latent
 from attnkit.dispatch import PlanCache, make_plan
 from attnkit.signature import WriteLatentSig
 
 OP = "write_latent"
-KERNELS = (triton_latent.WRITE_LATENT, torch_ref.WRITE_LATENT)
+KERNELS = (cuda_latent.WRITE_LATENT, triton_latent.WRITE_LATENT, torch_ref.WRITE_LATENT)
 _PLANS = PlanCache()
 
 
@@ -33,8 +34,8 @@ def write_latent(latent: Tensor, rope: Tensor, cache: Tensor, slots: Tensor, *, 
 
 def _run(latent, rope, cache, slots, impl) -> None:
     tensors = (latent, rope, cache, slots)
-    aligned = not cache.data_ptr() & 15
-    key = attention.call_key(tensors, aligned, (impl,))
+    aligned, sources_aligned = not cache.data_ptr() & 15, not (latent.data_ptr() | rope.data_ptr()) & 15
+    key = attention.call_key(tensors, aligned, (sources_aligned, impl))
     plan = _PLANS.get(key)
     if plan is None:
         plan = _PLANS.put(key, make_plan(KERNELS, _signature(*tensors), impl))
@@ -54,6 +55,7 @@ def _signature(latent, rope, cache, slots) -> WriteLatentSig:
     return WriteLatentSig(
         op=OP, device=latent.device, dtype=latent.dtype, T=n["T"], P=n["P"], S=n["S"], latent_stride=latent.stride(),
         rope_stride=rope.stride(), cache_stride=cache.stride(), aligned=check.aligned16(cache),
+        sources_aligned=check.aligned16(latent, rope),
     )  # fmt: skip
 
 

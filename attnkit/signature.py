@@ -248,6 +248,7 @@ class WriteLatentSig:
     rope_stride: tuple[int, ...]
     cache_stride: tuple[int, ...]  # page, slot, byte
     aligned: bool  # the cache: its base and every stride but the last are multiples of 16 bytes
+    sources_aligned: bool  # latent and rope likewise
 
 
 @dataclass(frozen=True, slots=True)

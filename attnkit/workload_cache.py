@@ -1,4 +1,4 @@
-"""Cases of write_kv and merge_states: what stands around the attention kernels in every step."""
+"""Cases of write_kv, write_latent and merge_states: what stands around the attention kernels in every step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnkit import cache, reference
+from attnkit import attention, cache, latent, reference
 from attnkit.dispatch import Kernel
 from attnkit.roofline import Cost
 from attnkit.workload import DTYPES, Case, Inputs, relative_error, remembered, sized
@@ -77,6 +77,58 @@ class WriteKv(Case):
     @property
     def limit(self) -> float:
         return 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteLatent(Case):
+    """T new latents into scattered slots of an fp8 latent cache. "out" is the cache."""
+
+    family: ClassVar[str] = "cache"
+    op: ClassVar[str] = "write_latent"
+    T: int
+    S: int = 64
+
+    def letters(self) -> list[str]:
+        return ["write-latent", f"T{self.T}", f"S{self.S}", "fp8kv"]
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        return latent.KERNELS
+
+    def build(self, device: torch.device, empty: bool = False) -> Inputs:
+        P = -(-2 * self.T // self.S)
+        both = torch.empty(self.T, attention.LATENT + attention.LATENT_ROPE, dtype=torch.bfloat16, device=device)
+        if not empty:
+            both.normal_()
+        slots = torch.randperm(P * self.S, device=device)[: self.T]
+        out = torch.zeros(P, self.S, attention.LATENT_ROW, dtype=torch.uint8, device=device)
+        return {"both": both, "slots": slots, "out": out}
+
+    def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
+        new, rope = x["both"].split([attention.LATENT, attention.LATENT_ROPE], -1)
+        return lambda: latent.write_latent(new, rope, x["out"], x["slots"], impl=impl)
+
+    def cost(self) -> Cost:
+        return Cost(0, self.T * (2 * (attention.LATENT + attention.LATENT_ROPE) + attention.LATENT_ROW + 8))
+
+    def small(self) -> WriteLatent:
+        return sized(self, T=min(self.T, 19), S=8)
+
+    def poison(self, x: Inputs) -> None:
+        x["out"].fill_(0x7F)
+
+    def error(self, x: Inputs, out: Any = None) -> float:
+        """0 where every byte is the reference's, those of slots that were not written among them."""
+        want = remembered(x, lambda: self._truth(x))
+        return 0.0 if torch.equal(x["out"], want) else float("inf")
+
+    def _truth(self, x: Inputs) -> Tensor:
+        want = torch.full_like(x["out"], 0x7F)
+        reference.write_latent(*x["both"].split([attention.LATENT, attention.LATENT_ROPE], -1), want, x["slots"])
+        return want
+
+    @property
+    def limit(self) -> float:
+        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnkit.workload import Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
-from attnkit.workload_cache import Merge, WriteKv
+from attnkit.workload_cache import Merge, WriteKv, WriteLatent
 from attnkit.workload_quantize import QuantizedLinear, RmsNormQuantize, SiluMulQuantize
 
 FAMILIES = ("prefill", "decode", "mla", "gemm", "sampling", "cache")
@@ -148,7 +148,7 @@ def _sampling() -> list[Case]:
 
 def _cache() -> list[Case]:
     write: list[Case] = [WriteKv(T=T, Hkv=8, kv=kv) for T, kv in ((1, ""), (64, ""), (8192, ""), (64, "fp8"), (8192, "fp8"))]
-    return [*write, Merge(T=64, Hq=32), Merge(T=4096, Hq=32)]
+    return [*write, *(WriteLatent(T=T) for T in (64, 8192)), Merge(T=64, Hq=32), Merge(T=4096, Hq=32)]
 
 
 _GPU = {
@@ -176,7 +176,7 @@ _CPU: dict[str, list[Case]] = {
         Sample(B=32, V=131072),
         Sample(B=32, V=131072, temperature=0.0),
     ],
-    "cache": [WriteKv(T=64, Hkv=8), WriteKv(T=2048, Hkv=8, kv="int8"), Merge(T=64, Hq=32)],
+    "cache": [WriteKv(T=64, Hkv=8), WriteKv(T=2048, Hkv=8, kv="int8"), WriteLatent(T=64), Merge(T=64, Hq=32)],
 }
 
 

@@ -32,7 +32,7 @@ def cases() -> Iterator[tuple[Any, str]]:
     """A case for each CUDA kernel of each op, small, with pieces that meet and tiles that end early."""
     from attnkit.workload import Gemm, Quantize, Sample
     from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
-    from attnkit.workload_cache import Merge, WriteKv
+    from attnkit.workload_cache import Merge, WriteKv, WriteLatent
 
     lens = (300, 1, 77)
     every = [
@@ -62,6 +62,7 @@ def cases() -> Iterator[tuple[Any, str]]:
         Sample(B=3, V=32003, temperature=0.0),
         Sample(B=3, V=32003, top_k=300, logprobs=5),
         *(WriteKv(T=19, Hkv=3, kv=kv) for kv in ("", "fp8", "int8")),
+        WriteLatent(T=19, S=8),
         Merge(T=5, Hq=3),
     ]
     for case in every:

@@ -9,7 +9,7 @@ import attnkit
 from attnkit import PageTable, reference, workload, workspace
 from attnkit.workload import Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
-from attnkit.workload_cache import Merge, WriteKv
+from attnkit.workload_cache import Merge, WriteKv, WriteLatent
 from tests.close import assert_close
 from tests.kernels import device_of, skip_if_declined
 
@@ -40,6 +40,7 @@ CASES: list[Case] = [
     Sample(B=5, V=151936),
     Sample(B=5, V=131072, top_k=1000, min_p=0.01, penalties=True),
     WriteKv(T=300, Hkv=8, kv="fp8"),
+    WriteLatent(T=300),
     Merge(T=70, Hq=32),
 ]
 

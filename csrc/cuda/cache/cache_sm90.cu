@@ -1,5 +1,5 @@
 // write_kv and merge_states: 16 bytes a thread. Both are small beside a launch, so one launch is all they are.
-#include "../common/convert.cuh"
+#include "e4m3.cuh"
 
 namespace attnkit {
 
@@ -32,9 +32,7 @@ ATTNKIT_DEVICE uint2 quantise(const uint4& from, bool bf16, float scale) {
       int hi = x.y == x.y ? __float2int_rn(fminf(fmaxf(x.y, -127.0f), 127.0f)) : 0;
       half[i] = (lo & 0xff) | (hi & 0xff) << 8;
     } else {
-      u16 pair;
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(x.y), "f"(x.x));
-      half[i] = pair;
+      half[i] = pack_e4m3(x.x, x.y);
     }
   }
   return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);

@@ -1,4 +1,4 @@
-"""The one build of write_kv and merge_states: all of their kernels, by name."""
+"""The builds of the cache kernels, all dtypes by name in each: write_kv with merge_states, and write_latent."""
 
 from __future__ import annotations
 
@@ -9,5 +9,9 @@ def build() -> Variant:
     return variant("cache/cache_sm90.cu", {})
 
 
+def latent() -> Variant:
+    return variant("cache/latent_sm90.cu", {})
+
+
 def shipped() -> list[Variant]:
-    return [build()]
+    return [build(), latent()]
