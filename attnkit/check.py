@@ -130,11 +130,11 @@ def slot_values(op: str, slots: torch.Tensor, capacity: int) -> None:
         raise ValueError(f"{op}: slots[{t}] = {int(slots[t])} is outside [-1, {capacity})")
 
 
-def inference_only(op: str, *tensors: torch.Tensor) -> None:
+def inference_only(op: str, *tensors: torch.Tensor | None) -> None:
     if not torch.is_grad_enabled():
         return
     for t in tensors:
-        if t.requires_grad:
+        if t is not None and t.requires_grad:
             raise RuntimeError(
                 f"{op}: an input requires grad, and attnkit's ops have no backward; call them under torch.no_grad()"
             )

@@ -68,64 +68,76 @@ def paged_decode(
     Raises ValueError or TypeError for shapes, dtypes, devices and strides that do not fit, before anything
     is launched; under ATTNKIT_DEBUG=1 also for lens and page ids outside the table and the pool.
     """
-    k, v = attention.split_kv(OP, kv, q.shape[-1])
+    k, v = (kv, None) if isinstance(kv, Tensor) and kv.dim() == 5 else attention.split_kv(OP, kv, q.shape[-1])
     pages, lens = table
     shape = q.shape
     if len(shape) not in (3, 4):
         raise ValueError(f"{OP}: q's shape is {list(shape)}, wanted [B, Hq, D] or [B, Q, Hq, D]")
+    fresh = out is None
     if out is None:
-        Dv = v.shape[-1]
+        Dv = (k if v is None else v).shape[-1]
         # the same, and half the time
         out = torch.empty_like(q) if Dv == shape[-1] and q.is_contiguous() else q.new_empty((*shape[:-1], Dv))
     lse = q.new_empty(shape[:-1], dtype=torch.float32) if return_lse else None
     if tree_mask is not None and tree_mask.dim() == 2:
         tree_mask = tree_mask.expand(shape[0], -1, -1)
-    window, softcap = attention.options(OP, window, softcap)
+    if window is not None or softcap != 0:
+        window, softcap = attention.options(OP, window, softcap)
+    else:
+        window, softcap = 0, 0.0
     k_factor, v_factor = 1.0, 1.0
     if k_scale is not None:
-        k_factor, k_scale = attention.fold_scale(OP, "k_scale", k_scale, k.shape[2])
+        k_factor, k_scale = attention.fold_scale(OP, "k_scale", k_scale, k.shape[-2])
     if v_scale is not None:
-        v_factor, v_scale = attention.fold_scale(OP, "v_scale", v_scale, k.shape[2])
-    scale = attention.softmax_scale(OP, scale, shape[-1] ** -0.5) * k_factor
-    arguments = (q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse)
+        v_factor, v_scale = attention.fold_scale(OP, "v_scale", v_scale, k.shape[-2])
+    if scale is not None or k_factor != 1.0:
+        scale = attention.softmax_scale(OP, scale, shape[-1] ** -0.5) * k_factor
     static = (scale, v_factor, window, softcap, batch_invariant, impl)
     if config is None and registry.traced(q):
-        _op(*arguments, *static)
+        k, v = attention.split_kv(OP, kv, shape[-1])
+        _op(q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse, *static)
     else:
-        _run(*arguments, *static, config)
+        _run(q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse, *static, config, fresh)
     return out if lse is None else (out, lse)
 
 
 def _run(q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse,
-         scale, out_scale, window, softcap, batch_invariant, impl, config=None) -> None:  # fmt: skip
-    tensors = (q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse)
-    aligned = not (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) & 15
+         scale, out_scale, window, softcap, batch_invariant, impl, config=None, fresh=False) -> None:  # fmt: skip
+    """``k`` may be the whole cache and ``v`` None: two views would take 2 us. ``fresh``: out is as the op makes it."""
+    aligned = not (q.data_ptr() | k.data_ptr() | (0 if v is None else v.data_ptr()) | out.data_ptr()) & 15
     static = (scale, out_scale, window, softcap, batch_invariant, impl, config)
-    key = attention.call_key(tensors, aligned, static)
+    shapes = (q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, None if fresh else out, lse)
+    key = attention.call_key(shapes, aligned, static)
     plan = _PLANS.get(key)
     if plan is None:
-        sig = _signature(_with_queries(tensors), static)
-        plan = _PLANS.put(key, make_plan(KERNELS, sig, impl, config))
+        tensors = _views(q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse)
+        plan = _PLANS.put(key, make_plan(KERNELS, _signature(tensors, static), impl, config))
     check.inference_only(OP, q, k, v)
     if settings.get().debug:
-        check.table_values(OP, pages, lens, k.shape[0], k.shape[1])
-    if out.numel():
-        if plan.kernel.impl != "cuda":  # which takes addresses, and strides from the signature: views would be 2 us lost
-            tensors = _with_queries(tensors)
-        plan.launch(plan, *tensors)
+        check.table_values(OP, pages, lens, plan.sig.P, plan.sig.S)
+    if not out.numel():
+        return
+    if plan.kernel.impl == "cuda":  # which takes addresses, and strides from the signature
+        plan.launch(plan, q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse)
+    else:
+        plan.launch(plan, *_views(q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse))
 
 
-def _with_queries(tensors):
-    """q, out and lse with the dimension Q, where the caller left it out."""
-    q, *others, out, lse = tensors
+def _views(q, k, v, *others_out_lse):
+    """The tensors as kernels name their dimensions: keys and values apart, q, out and lse with the dimension Q."""
+    if v is None:
+        k, v = attention.split_kv(OP, k, q.shape[-1])
     if q.dim() == 4:
-        return tensors
-    return (q.unsqueeze(1), *others, out.unsqueeze(1), None if lse is None else lse.unsqueeze(1))
+        return (q, k, v, *others_out_lse)
+    *others, out, lse = others_out_lse
+    return (q.unsqueeze(1), k, v, *others, out.unsqueeze(1), None if lse is None else lse.unsqueeze(1))
 
 
 def _signature(tensors, static):
     q, tree_mask = tensors[0], tensors[8]
     scale, out_scale, window, softcap, batch_invariant, _, _ = static
+    if scale is None:
+        scale = tensors[0].shape[-1] ** -0.5
     if not 1 <= q.shape[1] <= MAX_QUERIES:
         raise ValueError(f"{OP}: Q is {q.shape[1]} in q, wanted 1 to {MAX_QUERIES} query tokens (more is paged_prefill's work)")
     if tree_mask is not None and tree_mask.dim() != 3:
@@ -138,7 +150,7 @@ def _signature(tensors, static):
 
 _op = registry.define(
     "paged_decode(Tensor q, Tensor k, Tensor v, Tensor pages, Tensor lens, Tensor? sinks, Tensor? k_scale, Tensor? v_scale,"
-    " Tensor? tree_mask, Tensor(a!) out, Tensor(b!)? lse, float scale, float out_scale, int window, float softcap,"
+    " Tensor? tree_mask, Tensor(a!) out, Tensor(b!)? lse, float? scale, float out_scale, int window, float softcap,"
     " bool batch_invariant, str? impl) -> ()",
     _run,
 )

@@ -123,7 +123,8 @@ class WriteLatent(Case):
 
     def _truth(self, x: Inputs) -> Tensor:
         want = torch.full_like(x["out"], 0x7F)
-        reference.write_latent(*x["both"].split([attention.LATENT, attention.LATENT_ROPE], -1), want, x["slots"])
+        new, rope = x["both"].split([attention.LATENT, attention.LATENT_ROPE], -1)
+        reference.write_latent(new, rope, want, x["slots"])
         return want
 
     @property
