@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,8 +94,9 @@ def run_steps(steps: Sequence[str], first: bool = False) -> None:
     if "tests" in steps:  # most of their time is compilation; stress is long, and apart so that it can be cut off alone
         workers = str(max(1, min(12, (os.cpu_count() or 4) - 2)))
         common = ["-m", "gpu", "-n", workers, "--dist", "worksteal"]
-        _pytest("tests", ["tests", "--ignore", STRESS, *common])
-        _pytest("stress", [STRESS, *common])
+        alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the workers fill the machine as they are
+        _pytest("tests", ["tests", "--ignore", STRESS, *common], alone)
+        _pytest("stress", [STRESS, *common], alone)
     if "perf" in steps:
         for path in sorted((ROOT / "perf").glob("bench_*.py")):
             options = ["--benchmark", "--append", *(["--first"] if first else [])]
@@ -105,11 +107,11 @@ def run_steps(steps: Sequence[str], first: bool = False) -> None:
 PRODUCED = {"sanitizer": (SANITIZER,), "tests": ("tests.xml", "stress.xml"), "perf": ("perf-*.xml", "run.json")}
 
 
-def _pytest(name: str, arguments: Sequence[str]) -> None:
+def _pytest(name: str, arguments: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})) -> None:
     command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={OUT / f'{name}.xml'}"]
     print("receipt: pytest", *arguments, flush=True)
     start = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT).returncode
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}).returncode
     print(f"receipt: {name} took {time.monotonic() - start:.0f} s", flush=True)
     if code not in (0, 1):  # 1: tests failed, which the receipt says
         raise Refused(f"pytest {' '.join(arguments)} ended with {code}")
