@@ -32,14 +32,16 @@ def test_params_mirror_the_struct():
 @pytest.mark.parametrize("shape", [*LAYERS, (1, 1), (4097, 1008), (33, 144), (16, 200), (151936, 3584)])
 def test_every_config_fits(shape, dtype):
     """Shared memory for as many CTAs as are asked for, a slice of K for each split, a build for the width."""
-    for M in TOKENS:
+    for M in (*TOKENS, 65, 100, 128):
         sig = signature(M, *shape, dtype)
+        if M > builds.LOW and not configs.fits_tall(sig, H200):
+            continue
         for c in configs.candidates(sig, H200):
             gemm_skinny._check(sig, c)
-            assert builds.stages(M, c.block_n, c.splits, c.ctas) >= 3
+            assert builds.stages(M, c.block_n, c.splits, c.ctas, c.tall) >= 3
             assert c.ctas * (configs.smem(c, sig) + 1024) <= 228 * 1024 and configs.smem(c, sig) <= H200.smem
-            assert c.ctas <= builds.most_ctas(dtype == torch.int8, c.block_n)
-            assert builds.build(dtype == torch.int8, c.block_n) in builds.shipped()
+            assert c.ctas <= builds.most_ctas(dtype == torch.int8, c.block_n, c.tall)
+            assert builds.build(dtype == torch.int8, c.block_n, c.tall) in builds.shipped()
         assert configs.default(sig, H200) == configs.candidates(sig, H200)[0]
 
 
@@ -62,6 +64,15 @@ def test_more_tokens_are_never_expected_to_be_cheaper(shape):
         before = now
 
 
+def test_more_tokens_take_tall_tiles_where_n_has_few():
+    """Two CTAs a tile, all at one time; what is larger is left to the other kernel."""
+    for N, K, widths in ((3584, 18944, {64}), (4096, 4096, {64}), (4608, 3584, {80}), (5280, 512, {80})):
+        chosen = [configs.default(signature(M, N, K), H200) for M in (65, 100, 128)]
+        assert {c.block_n for c in chosen} == widths and all(c.tall and c.splits == 2 for c in chosen)
+    for M, N, K in ((64, 4096, 4096), (129, 4096, 4096), (100, 5281, 4096), (100, 4096, 256)):
+        assert not configs.fits_tall(signature(M, N, K), H200)
+
+
 def test_a_config_without_a_build_or_room_is_refused():
     sig = signature(64, 4096, 4096)
     for c in (
@@ -69,9 +80,13 @@ def test_a_config_without_a_build_or_room_is_refused():
         SkinnyConfig(64, 3, 1, 6, 0),
         SkinnyConfig(224, 1, 2, 6, 0),
         SkinnyConfig(64, 1, 3, 6, 0),
+        SkinnyConfig(64, 4, 1, 6, 0, tall=True),
+        SkinnyConfig(96, 1, 1, 6, 0, tall=True),
     ):
         with pytest.raises(ValueError, match="w8a8_gemm: "):
             gemm_skinny._check(sig, c)
+    with pytest.raises(ValueError, match="M up to 64"):
+        gemm_skinny._check(signature(65, 4096, 4096), SkinnyConfig(64, 2, 1, 6, 0))
     with pytest.raises(ValueError, match="splits is 4"):
         gemm_skinny._check(signature(1, 4096, 100), SkinnyConfig(64, 4, 1, 6, 0))
 
@@ -84,7 +99,7 @@ def test_builds_compile_without_spills_or_serialised_products(build, tmp_path):
     assert "C7510" not in report and "C7508" not in report, report
     assert re.search(r"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report), report
     macros = dict(build.macros)
-    ctas = builds.most_ctas(bool(macros["ATTNKIT_INT8"]), macros["ATTNKIT_BN"])
+    ctas = builds.most_ctas(bool(macros["ATTNKIT_INT8"]), macros["ATTNKIT_BN"], bool(macros["ATTNKIT_TALL"]))
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     # registers are given out by warp, in steps of 8 a thread, and each quarter of a multiprocessor has 512 x 32
     assert -(-registers // 8) * 8 * -(-builds.THREADS // 32 * ctas // 4) <= 512
@@ -95,28 +110,35 @@ def run(a, w, a_scale, w_scale, config=None, bias=None, out_dtype=torch.bfloat16
     return attnkit.w8a8_gemm(a, w, a_scale, w_scale, bias=bias, out=out, impl=NAME, config=config)
 
 
-def room(M, width, splits, ctas):
-    return builds.stages(M, width, splits, ctas) >= 2
+def room(M, width, splits, ctas, tall=False):
+    return builds.stages(M, width, splits, ctas, tall) >= 2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])
 @pytest.mark.parametrize("splits", [1, 2, 4])
-@pytest.mark.parametrize("width", builds.WIDTHS)
-def test_every_tile_and_split_matches_float64(width, splits, dtype):
+@pytest.mark.parametrize(("width", "tall"), [(w, tall) for tall in (False, True) for w in builds.widths(tall)])
+def test_every_tile_and_split_matches_float64(width, tall, splits, dtype):
     """Rows that end inside every group, tiles that end early, an odd N, K that ends inside a slice; rings short and long."""
+    if splits not in builds.splits(tall):
+        pytest.skip("no such split of a tall tile")
     for M, N, K, stages, ahead in (
         (1, 777, 1104, 2, 0),
         (17, 1001, 2000, 3, 3),
         (40, 300, 4112, 32, 2),
         (64, 1000, 1024, 5, 8),
+        (65, 1001, 2000, 3, 3),
+        (100, 777, 1104, 32, 2),
+        (128, 1000, 1024, 5, 8),
     ):
+        if M > builds.tokens(tall):
+            continue
         a, w, a_scale, w_scale = inputs(M, N, K, dtype)
         bias = torch.randn(N, device="cuda").to(torch.float16)
-        for ctas in range(1, builds.most_ctas(dtype == torch.int8, width) + 1):
-            if not room(M, width, splits, ctas):
+        for ctas in range(1, builds.most_ctas(dtype == torch.int8, width, tall) + 1):
+            if not room(M, width, splits, ctas, tall):
                 continue
-            config = SkinnyConfig(width, splits, ctas, stages, ahead)
+            config = SkinnyConfig(width, splits, ctas, stages, ahead, tall)
             first = run(a, w, a_scale, w_scale, config, bias)
             close(a, w, a_scale, w_scale, bias, first)
             assert all(torch.equal(first, run(a, w, a_scale, w_scale, config, bias)) for _ in range(20))
@@ -126,11 +148,10 @@ def test_every_tile_and_split_matches_float64(width, splits, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])
 def test_several_tiles_a_cta(dtype):
     """More tiles than multiprocessors: the ring and the sums of one tile go on into the next."""
-    for M, width in ((1, 64), (33, 96), (64, 64)):
+    for M, width, tall in ((1, 64, False), (33, 96, False), (64, 64, False), (64, 64, True), (100, 80, True)):
         a, w, a_scale, w_scale = inputs(M, 300 * 64 + 5, 784, dtype)
-        close(
-            a, w, a_scale, w_scale, None, run(a, w, a_scale, w_scale, SkinnyConfig(width, 1, 1, 4, 2), out_dtype=torch.float16)
-        )
+        config = SkinnyConfig(width, 1, 1, 4, 2, tall)
+        close(a, w, a_scale, w_scale, None, run(a, w, a_scale, w_scale, config, out_dtype=torch.float16))
 
 
 @pytest.mark.gpu
@@ -189,13 +210,14 @@ def test_a_graph_replays_with_other_values():
 @pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])
 def test_thousands_of_launches_in_flight(dtype):
     """Nothing waits between them; the shapes and configs in which an earlier kernel of this kind once failed among them."""
-    shapes = [(64, 4096, 14336), (64, 4096, 4096), (17, 6144, 4096), (1, 4608, 3584), (64, 3584, 3584)]
-    ways = [(64, 1, 1), (64, 2, 2), (64, 2, 1), (160, 4, 1), (128, 4, 1)]
+    shapes = [(64, 4096, 14336), (64, 4096, 4096), (17, 6144, 4096), (1, 4608, 3584), (64, 3584, 3584), (100, 4608, 3584)]
+    ways = [(64, 1, 1, False), (64, 2, 2, False), (64, 2, 1, False), (160, 4, 1, False), (128, 4, 1, False), (64, 2, 1, True)]
     sets = []
-    for i, shape in enumerate(shapes):
-        x = inputs(*shape, dtype)
-        for config in (None, *(SkinnyConfig(*way, stages, i) for way in ways for stages in (2, 32) if room(shape[0], *way))):
-            sets.append((x, config, run(*x, config), torch.empty(shape[:2], dtype=torch.bfloat16, device="cuda")))
+    for i, (M, N, K) in enumerate(shapes):
+        x = inputs(M, N, K, dtype)
+        fit = [way for way in ways if builds.tokens(way[3]) >= M and room(M, *way)]
+        for config in (None, *(SkinnyConfig(*way[:3], stages, i, way[3]) for way in fit for stages in (2, 32))):
+            sets.append((x, config, run(*x, config), torch.empty((M, N), dtype=torch.bfloat16, device="cuda")))
     order = torch.randint(len(sets), (3000,), generator=torch.Generator().manual_seed(3)).tolist()
     for i in order:
         x, config, _, out = sets[i]
@@ -210,6 +232,7 @@ def test_it_serves_few_tokens():
         pytest.skip("needs an sm_90 device")
     sig = replace(signature(64, 4096, 4096), device=torch.device("cuda"))
     assert dispatch.select(gemm.KERNELS, sig).name == NAME
-    assert "more than 64 tokens" in str(gemm_skinny.W8A8_GEMM.supports(replace(sig, M=65)))
+    assert dispatch.select(gemm.KERNELS, replace(sig, M=65)).name == NAME
+    assert "up to 64 tokens" in str(gemm_skinny.W8A8_GEMM.supports(replace(sig, M=65, N=8192)))
     assert "16-byte" in str(gemm_skinny.W8A8_GEMM.supports(replace(sig, operands_aligned=False)))
     assert "14 bits" in str(gemm_skinny.W8A8_GEMM.supports(replace(sig, dtype=torch.float8_e4m3fn, out_dtype=torch.float32)))

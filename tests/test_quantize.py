@@ -318,6 +318,7 @@ def test_every_config_holds_its_rows(K, dtype):
     (configs.CudaConfig(4, 4, 4, 1, 3), "chunks is 4, wanted no slots"),
     (configs.CudaConfig(1, 33, 1, 0), "warps x rows is 33 x 1, wanted at most 32 warps"),
     (configs.CudaConfig(2, 8, 2, 0), "rows is 2 of several warps"),
+    (configs.CudaConfig(2, 8, 1, 4), "ctas 4, wanted a multiple of 16 and 0"),
 ])  # fmt: skip
 def test_a_config_that_cannot_run_says_why(config, reason):
     sig = next(signatures(64, 4096, torch.bfloat16))

@@ -64,11 +64,13 @@ def why_not(sig: Any, config: CudaConfig) -> str | None:
     kept = builds.chunks(form_of(sig), TYPE[sig.dtype], config.slots > 0)
     if config.chunks not in kept:
         return f"chunks is {config.chunks}, wanted {' or '.join(map(str, kept)) or 'no slots'}"
-    most = builds.most_warps(form_of(sig), config.chunks, config.slots > 0)
+    most = builds.most_warps(form_of(sig), TYPE[sig.dtype], config.chunks, config.slots > 0)
     if config.rows < 1 or config.warps < 1 or config.rows * config.warps > most or config.rows > 15:
         return f"warps x rows is {config.warps} x {config.rows}, wanted at most {most} warps and 15 rows"
     if config.rows > 1 and config.warps > 1 and not config.slots:
         return f"rows is {config.rows} of several warps, wanted 1 without slots"
+    if builds.paired(form_of(sig), TYPE[sig.dtype], config.chunks) and (sig.K % (2 * builds.CHUNK) or config.ctas):
+        return f"K is {sig.K} and ctas {config.ctas}, wanted a multiple of {2 * builds.CHUNK} and 0 for plain rows in pairs"
     if not holds(sig, config) and (config.slots or config.chunks != builds.long_chunks(TYPE[sig.dtype])):
         return f"K is {sig.K}, more than {config.warps} warps with {config.chunks} chunks a thread hold"
     return None
@@ -76,10 +78,11 @@ def why_not(sig: Any, config: CudaConfig) -> str | None:
 
 def config_for(sig: Sig, chunks: int, ctas: int = 0, rows: int = 4) -> CudaConfig:
     """As many warps as it takes for threads of ``chunks`` to hold a row, or as many as a CTA may have."""
-    form = form_of(sig)
-    if sig.K > builds.most_warps(form, chunks) * builds.CHUNK * chunks * 32:
-        chunks = builds.long_chunks(TYPE[sig.dtype])
-    warps = max(1, min(builds.most_warps(form, chunks), -(-sig.K // (builds.CHUNK * chunks * 32))))
+    form, code = form_of(sig), TYPE[sig.dtype]
+    pairs = builds.paired(form, code, chunks)
+    if sig.K > builds.most_warps(form, code, chunks) * builds.CHUNK * chunks * 32 or (pairs and sig.K % (2 * builds.CHUNK)):
+        chunks = builds.long_chunks(code)
+    warps = max(1, min(builds.most_warps(form, code, chunks), -(-sig.K // (builds.CHUNK * chunks * 32))))
     return CudaConfig(chunks, warps, rows if warps == 1 else 1, ctas)
 
 
@@ -95,19 +98,21 @@ def passing(sig: Any) -> bool:
 
 
 def default(sig: Sig, arch: Arch) -> CudaConfig:
-    """Few rows: many threads each. Many: more loads in flight a thread; and where a thread has more to compute than to wait
-    for (a gate, a norm without a residual to write), a ring that loads ahead."""
-    form, sixteen = form_of(sig), sig.dtype != torch.float32
-    if sig.M <= 2 * arch.sms and sig.K <= builds.most_warps(form, 1) * 32 * builds.CHUNK:
+    """Plain rows: pairs, where they fit. Few others: many threads each. Many: more loads in flight a thread; and where a thread
+    has more to compute than to wait for (a gate, a norm without a residual to write), a ring that loads ahead."""
+    form, code = form_of(sig), TYPE[sig.dtype]
+    longest = builds.most_warps(form, code, 2) * 2 * 32 * builds.CHUNK
+    pairs = builds.paired(form, code, 2) and sig.K <= longest and sig.K % (2 * builds.CHUNK) == 0
+    if not pairs and sig.M <= 2 * arch.sms and sig.K <= builds.most_warps(form, code, 1) * 32 * builds.CHUNK:
         return config_for(sig, 1)
-    longest = builds.most_warps(form, 2) * 2 * 32 * builds.CHUNK
-    if not sixteen or (sig.M <= 12 * arch.sms and sig.K <= longest) or (form == builds.PLAIN and sig.K <= longest // 2):
+    if pairs or code == builds.F32 or (sig.M <= 12 * arch.sms and sig.K <= longest):
         return config_for(sig, 2)
     if sig.M >= 4 * arch.sms and (form == builds.SILU_MUL or (form == builds.RMS_NORM and not has_residual(sig))):
         found = streamed(sig)
         if found is not None:
             return found
-    return config_for(sig, 8 if form == builds.PLAIN and sig.K > builds.most_warps(form, 4) * 4 * 32 * builds.CHUNK else 4)
+    longest = builds.most_warps(form, code, 4) * 4 * 32 * builds.CHUNK
+    return config_for(sig, 8 if form == builds.PLAIN and sig.K > longest else 4)
 
 
 def streamed(sig: Any) -> CudaConfig | None:
@@ -115,7 +120,7 @@ def streamed(sig: Any) -> CudaConfig | None:
     form = form_of(sig)
     for chunks in builds.chunks(form, TYPE[sig.dtype], True):
         warps = -(-sig.K // (builds.CHUNK * chunks * 32))
-        groups = min(15, builds.most_warps(form, chunks, True) // warps)
+        groups = min(15, builds.most_warps(form, TYPE[sig.dtype], chunks, True) // warps)
         for slots in (2,) if form == builds.SILU_MUL else (3, 2):
             found = CudaConfig(chunks, warps, groups, 1, slots)
             if groups and shared_bytes(sig, found) <= 220 << 10:

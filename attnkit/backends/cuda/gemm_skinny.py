@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from attnkit import arch
-from attnkit.backends.cuda import launch, w8a8
+from attnkit.backends.cuda import images, launch, w8a8
 from attnkit.backends.cuda.builds import gemm_skinny as builds
 from attnkit.configs import gemm_skinny as configs
 from attnkit.dispatch import Kernel, Plan
@@ -21,16 +21,23 @@ PARAMS = w8a8.fields(
 
 
 def _supports(sig: GemmSig) -> str | None:
-    many = f"M is {sig.M}: more than {builds.MOST_TOKENS} tokens do not fit its one row of tiles"
-    reason = w8a8.why_not(sig, many if sig.M > builds.MOST_TOKENS else None)
-    return reason or launch.missing(builds.build(sig.dtype == torch.int8, configs.default(sig, arch.of(sig.device)).block_n))
+    here = arch.of(sig.device)
+    many = f"M is {sig.M}: up to {builds.LOW} tokens fit its one row of tiles, and up to {builds.TALL} where N has few tiles"
+    reason = w8a8.why_not(sig, many if sig.M > builds.LOW and not configs.fits_tall(sig, here) else None)
+    return reason or launch.missing(_variant(sig, configs.default(sig, here)))
+
+
+def _variant(sig: GemmSig, c: configs.SkinnyConfig) -> images.Variant:
+    return builds.build(sig.dtype == torch.int8, c.block_n, c.tall)
 
 
 def _check(sig: GemmSig, c: configs.SkinnyConfig) -> None:
     """Raises ValueError for a config that the kernel has no build for, or no room."""
-    if c.block_n not in builds.WIDTHS or c.splits not in (1, 2, 4):
-        raise ValueError(f"{sig.op}: no build for {c}, wanted block_n one of {builds.WIDTHS} and 1, 2 or 4 splits")
-    if c.splits > -(-sig.K // builds.slice_bytes(c.block_n)):
+    widths, splits = builds.widths(c.tall), builds.splits(c.tall)
+    if c.block_n not in widths or c.splits not in splits or sig.M > builds.tokens(c.tall):
+        most = builds.tokens(c.tall)
+        raise ValueError(f"{sig.op}: no build for {c}, wanted block_n one of {widths}, splits one of {splits}, M up to {most}")
+    if c.splits > -(-sig.K // builds.slice_bytes(c.block_n, c.tall)):
         raise ValueError(f"{sig.op}: config.splits is {c.splits}, wanted a slice of K for each, and K is {sig.K}")
     if not 1 <= c.ctas <= 2 or configs.stages(c, sig) < 2:
         raise ValueError(f"{sig.op}: {c} leaves no room for two slices in shared memory")
@@ -41,13 +48,11 @@ def _prepare(plan: Plan) -> Any:
     _check(sig, c)
     a_rows, tiles = builds.rows(sig.M), -(-sig.N // c.block_n)
     own = {
-        "steps": -(-sig.K // builds.slice_bytes(c.block_n)), "tiles": tiles, "splits": c.splits,
+        "steps": -(-sig.K // builds.slice_bytes(c.block_n, c.tall)), "tiles": tiles, "splits": c.splits,
         "stages": configs.stages(c, sig), "a_rows": a_rows, "ahead": c.ahead, "a_scales": int(sig.a_scale_per_token),
         "w_scales": int(sig.w_scale_per_channel),
     }  # fmt: skip
-    kernel = launch.kernel(
-        builds.build(sig.dtype == torch.int8, c.block_n), NAME, launch.index_of(sig.device), configs.smem(c, sig)
-    )
+    kernel = launch.kernel(_variant(sig, c), NAME, launch.index_of(sig.device), configs.smem(c, sig))
     if c.splits == 1:  # a split ends with its one tile
         tiles = min(tiles, arch.of(sig.device).sms)
     return w8a8.prepared(PARAMS, kernel, sig, (a_rows, c.block_n), tiles * c.splits, builds.THREADS, c.splits, own)

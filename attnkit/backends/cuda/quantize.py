@@ -66,10 +66,7 @@ def _launch(plan: Plan, x: Tensor, weight: Tensor | None, residual: Tensor | Non
     if not state:
         state["index"] = launch.index_of(plan.sig.device)
         state["launch"] = _prepare(plan)
-    state["launch"](
-        launch.stream_of(state["index"]), x.data_ptr(), launch.pointer(weight), launch.pointer(residual), out.data_ptr(),
-        scale.data_ptr(),
-    )  # fmt: skip
+    state["launch"](launch.stream_of(state["index"]), x, weight, residual, out, scale)
 
 
 def _quantize(plan: Plan, x: Tensor, out: Tensor, scale: Tensor) -> None:

@@ -77,7 +77,6 @@ def launcher(prepare: Callable[[Plan], Any]) -> Callable[..., None]:
         ready = plan.state.get("launch")
         if ready is None:
             ready = plan.state["launch"] = prepare(plan)
-        pointers = (a, w, a_scale, w_scale, bias, out)
-        ready(launch.stream_of(launch.index_of(plan.sig.device)), *(launch.pointer(t) for t in pointers))
+        ready(launch.stream_of(launch.index_of(plan.sig.device)), a, w, a_scale, w_scale, bias, out)
 
     return run

@@ -1,11 +1,11 @@
-// w8a8_gemm for sm_90a and up to 64 tokens: out[m, n] = (sum over k of a[m, k] w[n, k]) * a_scale[m] * w_scale[n] + bias[n].
+// w8a8_gemm for sm_90a and up to 128 tokens: out[m, n] = (sum over k of a[m, k] w[n, k]) * a_scale[m] * w_scale[n] + bias[n].
 //
 // Memory bound: every weight is read once. Tokens are the rows of wgmma (64, whatever M: those beyond multiply what lies
 // there, and are dropped), weights its columns, so that tiles of many widths give every multiprocessor about the same bytes.
-// One producer thread fills a ring of slices by TMA; two consumer warpgroups multiply half the columns each. Where N is too
-// small for that, ``splits`` CTAs of a cluster take a stretch of K each: every one of them finishes a share of the columns,
-// from the pieces that all of them store there, in the order of K (repeats are bitwise equal). Sums have shared memory of
-// their own: nothing but TMA ever writes to the ring.
+// One producer thread fills a ring of slices by TMA; two consumer warpgroups multiply half the columns each, or (Tall) all
+// columns for 64 of up to 128 tokens. Where N is too small for that, ``splits`` CTAs of a cluster take a stretch of K each:
+// every one of them finishes a share of the columns, from the pieces that all of them store there, in the order of K (repeats
+// are bitwise equal). Sums have shared memory of their own: nothing but TMA ever writes to the ring.
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "../common/wgmma_q8_sm90.cuh"
@@ -37,24 +37,29 @@ struct SkinnyParams {
   int bias_type, out_type, whole;
 };
 
-template <bool Int8_, int BN_, int Planes_>
+template <bool Int8_, int BN_, int Planes_, bool Tall_>
 struct SkinnyShape {
-  static constexpr bool Int8 = Int8_;
-  static constexpr int BN = BN_, Half = BN / 2, Units = BN / 8;  // a unit: 8 columns
+  static constexpr bool Int8 = Int8_, Tall = Tall_;
+  static constexpr int BN = BN_, Units = BN / 8;                 // a unit: 8 columns
+  static constexpr int Rows = Tall ? 128 : 64;                   // most tokens
+  static constexpr int Wide = Tall ? BN : BN / 2;                // columns of a warpgroup
   static constexpr int Consumers = 256, Threads = Consumers + 32;
   static constexpr int Planes = Planes_, Slice = 128 * Planes;   // bytes of K in a slice, in swizzled planes
   static constexpr int MostStages = 32;                          // a lane initialises each
-  static constexpr int ScaleBytes = 2 * BN * 4 + 64 * 4, BarrierBytes = 16 * MostStages + 16;
+  static constexpr int ScaleBytes = 2 * BN * 4 + Rows * 4, BarrierBytes = 16 * MostStages + 16;
   // Two CTAs a multiprocessor, as far as registers go: the next grid's may then wait beside this one's.
-  static constexpr int PerSm = BN <= (Int8 ? 160 : 128) ? 2 : 1;
-  static_assert(BN % 32 == 0 && BN * Planes >= 64 && BN <= Consumers, "4 shares of whole units, and 64 rows of a end inside a slice");
+  static constexpr int PerSm = Wide <= (Int8 ? 80 : 64) ? 2 : 1;
+  // Warps that multiply: where there are no more than 64 tokens, a tall CTA's second warpgroup has none.
+  static ATTNKIT_DEVICE int readers(int M) { return Tall && M <= 64 ? 4 : 8; }
+  static_assert(BN % (Tall ? 16 : 32) == 0, "2 shares of whole units, or 4");
+  static_assert(BN * Planes >= 64 && BN <= Consumers, "64 rows of a end inside a slice, and a thread has a column's scale");
 };
 
 template <class Shape>
 struct SkinnyShared {
   u32 ring, slice, w_at;       // bytes of a slice, and where its weights begin
   u32 pieces, pitch;           // [splits][M][share of columns] sums; bytes a row
-  u32 scales;                  // BN scales, BN biases, 64 scales of rows
+  u32 scales;                  // BN scales, BN biases, a scale a row
   u32 full, empty, met;        // barriers
 
   ATTNKIT_DEVICE SkinnyShared(const SkinnyParams& p, char* raw, int share) {
@@ -168,7 +173,7 @@ struct SkinnySum<false> {
 template <class Shape>
 struct SkinnyConsumer {
   using Sum = typename SkinnySum<Shape::Int8>::Type;
-  static constexpr int Count = Shape::Half / 2, Groups = Shape::Half / 8;
+  static constexpr int Count = Shape::Wide / 2, Groups = Shape::Wide / 8;
   const SkinnyParams& p;
   const SkinnyShared<Shape>& s;
   const SkinnyWork& work;
@@ -182,11 +187,12 @@ struct SkinnyConsumer {
 
   ATTNKIT_DEVICE void multiply(Sum (&d)[Count], int plane, int accumulate) const {
     const u32 at = s.ring + ring.stage * s.slice;
-    const u64 a = wgmma_descriptor(at + plane * p.a_rows * 128, 16, 1024);
-    const u64 w = wgmma_descriptor(at + s.w_at + (plane * Shape::BN + group * Shape::Half) * 128, 16, 1024);
+    const int row = Shape::Tall ? group * 64 : 0, column = Shape::Tall ? 0 : group * Shape::Wide;
+    const u64 a = wgmma_descriptor(at + (plane * p.a_rows + row) * 128, 16, 1024);
+    const u64 w = wgmma_descriptor(at + s.w_at + (plane * Shape::BN + column) * 128, 16, 1024);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) Wgmma8<Shape::Half>::multiply(d, a + 2 * i, w + 2 * i, i > 0 ? 1 : accumulate);
+    for (int i = 0; i < 4; ++i) Wgmma8<Shape::Wide>::multiply(d, a + 2 * i, w + 2 * i, i > 0 ? 1 : accumulate);
   }
 
   ATTNKIT_DEVICE void release(int stage) const {
@@ -234,6 +240,14 @@ struct SkinnyConsumer {
     }
   }
 
+  ATTNKIT_DEVICE void add_up() {
+    if constexpr (Shape::Int8) {
+      add_up_exact();
+    } else {
+      add_up_promoted();
+    }
+  }
+
   static ATTNKIT_DEVICE u32 bits(int x) { return static_cast<u32>(x); }
   static ATTNKIT_DEVICE u32 bits(float x) { return __float_as_uint(x); }
   static ATTNKIT_DEVICE int of_bits(u32 x, int) { return static_cast<int>(x); }
@@ -243,10 +257,17 @@ struct SkinnyConsumer {
   // two columns of every unit in rows lane / 4 and 8 more; neighbours swap, and each stores 4 columns of one row.
   ATTNKIT_DEVICE void hand_over() const {
     const int lane = opaque(threadIdx.x) % 32, warp = opaque(threadIdx.x) / 32, odd = lane & 1;
-    const int row = warp % 4 * 16 + lane / 4 + 8 * odd;
-    if (warp % 4 * 16 >= p.M) return;
+    const int first = warp % (Shape::Rows / 16) * 16, row = first + lane / 4 + 8 * odd;
+    if (first >= p.M) return;
     const u32 to = s.pieces + (work.rank * p.M + row) * s.pitch + lane % 4 / 2 * 16;
-    if (p.splits == 1) {
+    if constexpr (Shape::Tall) {
+      if (p.splits == 1) {
+        store<0, Groups>(to, work.rank, row, odd);
+      } else {
+        store<0, Groups / 2>(to, 0, row, odd);
+        store<Groups / 2, Groups / 2>(to, 1, row, odd);
+      }
+    } else if (p.splits == 1) {
       store<0, Groups>(to + warp / 4 * (Groups * 32), work.rank, row, odd);
     } else if (p.splits == 2) {
       store<0, Groups>(to, warp / 4, row, odd);
@@ -360,15 +381,11 @@ struct SkinnyConsumer {
         scale = p.w_scale[p.w_scales ? n : 0];
         if (p.bias != nullptr) bias = load_as_float(p.bias, n, p.bias_type);
       }
-      if constexpr (Shape::Int8) {
-        add_up_exact();
-      } else {
-        add_up_promoted();
-      }
+      if (thread / 32 < Shape::readers(p.M)) add_up();
       if (tile != work.tile) sync();  // everybody has read the last tile's sums and scales
       hand_over();
       if (thread < Shape::BN) store_shared_4(s.scales + thread * 4, scale), store_shared_4(s.scales + (Shape::BN + thread) * 4, bias);
-      if (thread < 64) store_shared_4(s.scales + (2 * Shape::BN + thread) * 4, row_scale);
+      if (thread < Shape::Rows) store_shared_4(s.scales + (2 * Shape::BN + thread) * 4, row_scale);
       sync();
       if (p.splits > 1) mbarrier_wait_cluster(s.met, 0);
       finish(tile);
@@ -388,7 +405,7 @@ ATTNKIT_DEVICE void skinny_gemm(const SkinnyParams& p) {
     if (elect_one()) skinny_prefetch<Shape>(p, work);
   } else if (threadIdx.x < p.stages) {
     mbarrier_init(s.full + 8 * threadIdx.x, 1);
-    mbarrier_init(s.empty + 8 * threadIdx.x, Shape::Consumers / 32);
+    mbarrier_init(s.empty + 8 * threadIdx.x, Shape::readers(p.M));
     mbarrier_init_fence();
   } else if (threadIdx.x == 32 && p.splits > 1) {
     mbarrier_init(s.met, 1);

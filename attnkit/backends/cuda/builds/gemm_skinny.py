@@ -5,29 +5,47 @@ from __future__ import annotations
 from attnkit.backends.cuda.images import Variant, variant
 
 #: Columns of a tile, and the 128 bytes of K that a CTA loads and multiplies at a time.
-PLANES = {64: 2, 96: 2, 128: 2, 160: 1, 224: 1}
-WIDTHS = tuple(PLANES)
-MOST_TOKENS = 64
+PLANES = {64: 2, 96: 2, 128: 1, 160: 1, 224: 1}
+#: Columns of a tall tile: a warpgroup has 64 of its tokens, and all columns.
+TALL_WIDTHS = (64, 80)
+#: Tokens of a tile, and of a tall one.
+LOW, TALL = 64, 128
 #: Sizes of csrc/cuda/gemm/gemm_skinny_sm90.cuh (SkinnyShape).
 THREADS = 288
 MOST_STAGES = 32
 MOST_SHARED = 227 * 1024
 
 
-def build(int8: bool, block_n: int) -> Variant:
-    return variant(
-        "gemm/gemm_skinny_sm90.cu", {"ATTNKIT_INT8": int(int8), "ATTNKIT_BN": block_n, "ATTNKIT_PLANES": PLANES[block_n]}
-    )
+def widths(tall: bool) -> tuple[int, ...]:
+    return TALL_WIDTHS if tall else tuple(PLANES)
 
 
-def most_ctas(int8: bool, block_n: int) -> int:
+def splits(tall: bool) -> tuple[int, ...]:
+    return (1, 2) if tall else (1, 2, 4)
+
+
+def tokens(tall: bool) -> int:
+    return TALL if tall else LOW
+
+
+def planes(block_n: int, tall: bool) -> int:
+    return 1 if tall else PLANES[block_n]
+
+
+def build(int8: bool, block_n: int, tall: bool = False) -> Variant:
+    values = {"INT8": int(int8), "BN": block_n, "PLANES": planes(block_n, tall), "TALL": int(tall)}
+    return variant("gemm/gemm_skinny_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+
+
+def most_ctas(int8: bool, block_n: int, tall: bool = False) -> int:
     """CTAs that the registers of a multiprocessor hold (SkinnyShape::PerSm)."""
-    return 2 if block_n <= (160 if int8 else 128) else 1
+    wide = block_n if tall else block_n // 2
+    return 2 if wide <= (80 if int8 else 64) else 1
 
 
-def slice_bytes(block_n: int) -> int:
+def slice_bytes(block_n: int, tall: bool = False) -> int:
     """Bytes of K that a CTA loads and multiplies at a time."""
-    return 128 * PLANES[block_n]
+    return 128 * planes(block_n, tall)
 
 
 def rows(M: int) -> int:
@@ -35,21 +53,22 @@ def rows(M: int) -> int:
     return -(-M // 8) * 8
 
 
-def stage_bytes(M: int, block_n: int) -> int:
-    return (rows(M) + block_n) * slice_bytes(block_n)
+def stage_bytes(M: int, block_n: int, tall: bool = False) -> int:
+    return (rows(M) + block_n) * slice_bytes(block_n, tall)
 
 
-def fixed_bytes(M: int, block_n: int, splits: int) -> int:
+def fixed_bytes(M: int, block_n: int, splits: int, tall: bool = False) -> int:
     """Everything but the ring: what SkinnyShared lays out behind it, and the ring's alignment."""
     share = -(-(block_n // 8) // splits)
-    return 1024 + splits * M * 32 * (share | 1) + (2 * block_n + 64) * 4 + 16 * MOST_STAGES + 16
+    scales = (2 * block_n + tokens(tall)) * 4
+    return 1024 + splits * M * 32 * (share | 1) + scales + 16 * MOST_STAGES + 16
 
 
-def stages(M: int, block_n: int, splits: int, ctas: int) -> int:
+def stages(M: int, block_n: int, splits: int, ctas: int, tall: bool = False) -> int:
     """Slices in flight: as many as shared memory holds where ``ctas`` share a multiprocessor (which takes 1 KB of each)."""
     budget = MOST_SHARED if ctas == 1 else 228 * 1024 // ctas - 1024
-    return min(MOST_STAGES, (budget - fixed_bytes(M, block_n, splits)) // stage_bytes(M, block_n))
+    return min(MOST_STAGES, (budget - fixed_bytes(M, block_n, splits, tall)) // stage_bytes(M, block_n, tall))
 
 
 def shipped() -> list[Variant]:
-    return [build(int8, width) for int8 in (True, False) for width in WIDTHS]
+    return [build(int8, width, tall) for int8 in (True, False) for tall in (False, True) for width in widths(tall)]
