@@ -77,23 +77,31 @@ def test_last_blocks_of_any_width(length, D):
 
 
 @pytest.mark.gpu
-def test_batch_invariant_rows_do_not_know_their_neighbours():
-    case = replace(FEW, batch_invariant=True, lens=(20000, 300, 5000), q_lens=(40, 7, 100))
-    x, out, _ = run(case)
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("loud", [1.0, 60.0])
+def test_batch_invariant_rows_do_not_know_their_neighbours(loud, softcap):
+    """A tile's last rows are the next sequence's queries: large logits there change nothing here."""
+    case = replace(FEW, batch_invariant=True, lens=(20000, 300, 5000), q_lens=(40, 7, 100), softcap=softcap)
+    x = inputs.make(case, "cuda")
+    x.q[40:] *= loud
+    call = lambda q, table, cu: attnkit.paged_prefill(  # noqa: E731
+        q, x.kv, table, cu, batch_invariant=True, softcap=softcap, impl="cuda_sm90"
+    )
+    out = skip_if_declined(lambda: call(x.q, x.table, x.cu_q))
     start = 0
     for b, n in enumerate(case.q_lens):
         table = attnkit.PageTable(x.table.pages[b : b + 1], x.table.lens[b : b + 1])
         cu = torch.tensor([0, n], dtype=torch.int32, device="cuda")
-        alone = attnkit.paged_prefill(x.q[start : start + n].clone(), x.kv, table, cu, batch_invariant=True, impl="cuda_sm90")
-        assert torch.equal(alone, out[start : start + n])
+        assert torch.equal(call(x.q[start : start + n].clone(), table, cu), out[start : start + n])
         start += n
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scale", [1.0, 40.0])
-def test_softcap_of_small_and_large_logits(scale):
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 40.0])
+def test_softcap_of_small_and_large_logits(scale, D):
     """Small logits go by a polynomial, large ones by the exact form; a batch may hold both."""
-    case = replace(cases.BASE, lens=(700, 300), q_lens=(700, 300), Hq=8, Hkv=2, D=128, softcap=20.0)
+    case = replace(cases.BASE, lens=(700, 300), q_lens=(700, 300), Hq=8, Hkv=2, D=D, softcap=20.0)
     x = inputs.make(case, "cuda")
     x.q[::3] *= scale
     out, lse = skip_if_declined(
@@ -102,6 +110,28 @@ def test_softcap_of_small_and_large_logits(scale):
     truth, plain = x.truth(), x.plain()
     assert_close(out, truth[0], plain[0])
     assert_close(lse, truth[1], plain[1].float(), "lse")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grows", [1.5, 6.0, 60.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("D", "Dv"), [(64, 0), (128, 0), (192, 128), (256, 0)])
+def test_maxima_that_grow_from_block_to_block(D, Dv, dtype, grows):
+    """Blocks come from the last to the first. Logits that grow by up to 180 a block overflow weights relative to the maximum so far."""
+    layout = "pair" if Dv else "NHD"
+    case = replace(cases.BASE, lens=(1100, 400), q_lens=(300, 400), Hq=8, Hkv=2, D=D, Dv=Dv, dtype=dtype, layout=layout)
+    x = inputs.make(case, "cuda")
+    k = x.kv[0] if isinstance(x.kv, tuple) else x.kv[:, 0]
+    for b, n in enumerate(case.lens):
+        at = torch.arange(n, device="cuda")
+        place = x.table.pages[b].long()[at // case.S], at % case.S
+        k[place] = (0.1 * k[place].float() + (grows * (n - at) / 128)[:, None, None] / D**0.5).to(dtype)
+    x.q[:] = (0.1 * x.q.float() + 3 * (torch.arange(len(x.q), device="cuda") % 3 > 0)[:, None, None]).to(dtype)
+    call = lambda: attnkit.paged_prefill(x.q, x.kv, x.table, x.cu_q, return_lse=True, impl="cuda_sm90")  # noqa: E731
+    out, lse = skip_if_declined(call)
+    truth, exact = x.truth(), x.truth(torch.float32)
+    assert_close(out, truth[0], exact[0].to(dtype))
+    assert_close(lse, truth[1], exact[1], "lse")
 
 
 def test_room_for_pieces_goes_by_shapes():

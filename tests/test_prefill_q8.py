@@ -106,6 +106,21 @@ def test_scales_of_zero_and_below():
     check(x)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("grows", [1.5, 6.0, 60.0])
+@pytest.mark.parametrize("D", [64, 128])
+def test_maxima_that_grow_from_block_to_block(D, grows):
+    """Blocks come from the last to the first; logits that grow by up to 180 a block are more than a weight can hold."""
+    case = replace(PLAIN, lens=(1100, 400), q_lens=(300, 400), D=D, scales="")
+    x = inputs.make(case, "cuda")
+    for b, n in enumerate(case.lens):
+        at = torch.arange(n, device="cuda")
+        values = 0.1 * torch.randn(n, case.Hkv, D, device="cuda") + (grows * (n - at) / 128)[:, None, None] / D**0.5
+        inputs.fill(x.kv[:, 0], values, x.table.pages[b].long()[at // case.S], at % case.S)
+    x.q[:] = 0.1 * x.q + 3 * (torch.arange(len(x.q), device="cuda") % 3 > 0)[:, None, None]
+    check(x)
+
+
 def test_the_stages_fit_shared_memory():
     for heads in builds.Q8_STAGES:
         assert 100 * 1024 < prefill_q8.shared_bytes(*heads) <= 227 * 1024

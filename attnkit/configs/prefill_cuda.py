@@ -9,8 +9,8 @@ from attnkit.configs import Space, pow2
 from attnkit.signature import AttentionSig, RaggedSig
 
 SHARED = 227 * 1024
-#: Bytes that stand before and beside the tiles.
-FIXED = 1024 + 640 + 1024 * 6 + 16
+#: Bytes that stand before and beside the tiles, besides outputs on their way.
+FIXED = 1024 + 384 + 256 + 1024 * 6 + 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,17 @@ def padded(head: int) -> int:
     return next(n for n in (64, 128, 192, 256) if head <= n)
 
 
+def staged(rows: int, columns: int) -> int:
+    """Outputs on their way: so many columns of all rows."""
+    return rows * columns * 2 + 112
+
+
 def shared_bytes(sig: AttentionSig | RaggedSig, config: CudaConfig) -> int:
-    """SharedBytes of csrc/cuda/prefill/prefill_sm90.cuh, or of prefill_overlap_sm90.cuh: there outputs stand in it too."""
+    """SharedBytes of csrc/cuda/prefill/prefill_sm90.cuh."""
     D, Dv = padded(sig.D), padded(sig.Dv)
     rows = 64 * config.consumers
-    queries, outputs = rows * D * 2, rows * 64 * 2 + 112 if D == Dv == 128 else 0
-    once = FIXED + queries + outputs + config.stages * config.block * (D + Dv) * 2
+    queries = rows * D * 2
+    once = FIXED + staged(rows, 32 if D == 192 else 64) + queries + config.stages * config.block * (D + Dv) * 2
     return once + queries if once + queries <= SHARED else once
 
 
@@ -76,11 +81,11 @@ def ragged_bucket(sig: RaggedSig) -> str:
 
 PARTS = (
     "prefill/prefill_sm90",
+    "prefill/prefill_consumer",
     "prefill/prefill_softmax",
-    "prefill/prefill_overlap_sm90",
-    "prefill/prefill_overlap_shared",
-    "prefill/prefill_overlap_load",
     "prefill/prefill_products",
+    "prefill/prefill_load",
+    "prefill/prefill_shared",
     "prefill/prefill_items",
     "prefill/prefill_schedule",
     "common/wgmma_sm90",

@@ -24,8 +24,7 @@ def _launch(plan: Plan, q, k, v, cu_q, cu_k, sinks, out, lse) -> None:
     if sinks is not None and sinks.stride(0) != 1:
         sinks = sinks.contiguous()
     stream = launch.stream_of(state["index"])
-    pointers = (q, k, v, None, None, cu_q, cu_k, sinks, out, lse)
-    state["launch"](stream, *(launch.pointer(t) for t in pointers), *launch.scratch(plan, stream))
+    state["launch"](stream, q, k, v, None, None, cu_q, cu_k, sinks, out, lse, *launch.scratch(plan, stream))
 
 
 MLA_PREFILL = Kernel("cuda_sm90", "cuda", _supports, _launch, prefill_cuda.RAGGED)

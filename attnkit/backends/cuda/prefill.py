@@ -180,8 +180,7 @@ def _launch(plan: Plan, q, k, v, pages, lens, cu_q, sinks, k_scale, v_scale, out
     if sinks is not None and sinks.stride(0) != 1:
         sinks = sinks.contiguous()
     stream = launch.stream_of(state["index"])
-    pointers = (q, k, v, pages, lens, cu_q, None, sinks, out, lse)
-    state["launch"](stream, *(launch.pointer(t) for t in pointers), *launch.scratch(plan, stream))
+    state["launch"](stream, q, k, v, pages, lens, cu_q, None, sinks, out, lse, *launch.scratch(plan, stream))
 
 
 PAGED_PREFILL = Kernel("cuda_sm90", "cuda", _supports, _launch, prefill_cuda.CUDA)

@@ -34,7 +34,7 @@ def shared_bytes(D: int, Dv: int) -> int:
     """What csrc/cuda/prefill/prefill_q8_sm90.cuh's SharedBytes says."""
     stages, raw = builds.Q8_STAGES[D, Dv]
     rows = 64 * CONSUMERS
-    fixed = prefill_cuda.FIXED + 2 * rows * 4
+    fixed = prefill_cuda.FIXED + prefill_cuda.staged(rows, 32) + 2 * rows * 4
     return fixed + rows * D * 2 + stages * BLOCK * (D + Dv) * 2 + raw * RAW_BYTES
 
 
@@ -50,9 +50,8 @@ def _launch(plan: Plan, q, k, v, pages, lens, cu_q, sinks, k_scale, v_scale, out
     if sinks is not None and sinks.stride(0) != 1:
         sinks = sinks.contiguous()
     stream = launch.stream_of(state["index"])
-    each = (q, k, v, pages, lens, cu_q, None, sinks, out, lse)
     scratch = launch.scratch(plan, stream)
-    state["launch"](stream, *(launch.pointer(t) for t in each), *scratch, launch.pointer(k_scale), launch.pointer(v_scale))
+    state["launch"](stream, q, k, v, pages, lens, cu_q, None, sinks, out, lse, *scratch, k_scale, v_scale)
 
 
 PAGED_PREFILL = Kernel("cuda_sm90_q8", "cuda", _supports, _launch)

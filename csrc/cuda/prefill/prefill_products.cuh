@@ -1,4 +1,4 @@
-// What a warpgroup that attends is made of, in both kernels: its registers and rings, its two products, its turns at the
+// What a warpgroup that attends is made of: its registers and rings, its two products, its turns at the
 // tensor cores, and which rows it has.
 #pragma once
 #include "../common/convert.cuh"
@@ -60,6 +60,32 @@ struct PrefillProducts {
       wgmma_ss<Shape::Bf16>(scores, q + i / 4 * (Shape::Rows * 8) + i % 4 * 2, k + i / 4 * (BN * 8) + i % 4 * 2, i > 0);
     }
     wgmma_commit();
+  }
+
+  // The same product by each warp for itself, where the raw scores are gone.
+  ATTNKIT_DEVICE void multiply_qk_again() {
+    const int me = lane % 32;
+    const u32 q = s.q + q_ring.stage * Shape::QBytes + (group * 64 + lane / 32 * 16 + me % 16) * 128;
+    const u32 k = s.k + k_ring.stage * Shape::KBytes + me % 8 * 128;
+    float(&tiles)[BN / 8][4] = reinterpret_cast<float(&)[BN / 8][4]>(scores);
+#pragma unroll
+    for (int i = 0; i < BN / 2; ++i) scores[i] = 0.f;
+#pragma unroll 1
+    for (int n = 0; n < Shape::D / 32; ++n) {  // units of 16 bytes, four of which are 32 columns
+      u32 a[2][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        load_matrix_x4(a[j], q + n / 2 * (Shape::Rows * 128) + ((n % 2 * 4 + 2 * j + me / 16) ^ (me % 8)) * 16);
+      }
+      const u32 from = k + n / 2 * (BN * 128) + ((n % 2 * 4 + me / 8) ^ (me % 8)) * 16;
+#pragma unroll
+      for (int i = 0; i < BN / 8; ++i) {
+        u32 b[4];
+        load_matrix_x4(b, from + i * 1024);
+        mma_16x8x16<Shape::Bf16>(tiles[i], a[0], b[0], b[1]);
+        mma_16x8x16<Shape::Bf16>(tiles[i], a[1], b[2], b[3]);
+      }
+    }
   }
 
   // Keys: of a narrow block, the first 64. The sum starts anew where ``accumulate`` is 0, whatever ``out`` holds.

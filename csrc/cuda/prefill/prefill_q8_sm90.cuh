@@ -1,4 +1,4 @@
-// Prefill for sm_90a over an 8-bit cache (e4m3 or int8): prefill_sm90.cuh's consumers behind warps that widen.
+// Prefill for sm_90a over an 8-bit cache (e4m3 or int8): the consumers of 16-bit tiles behind warps that widen.
 //
 // The 8-bit tiles of K and V arrive by TMA in a ring of their own, half the bytes of 16-bit ones. A warpgroup widens them
 // to f16, which holds every e4m3 and int8 value exactly, into the stages that the consumers multiply from. Q goes the same
@@ -8,30 +8,25 @@
 // Tiles are loaded in the order in which the consumers multiply: Q, K0, K1, V0, K2, V1, .., the last V. So a tile is never
 // held up by the room of another that is needed later.
 #pragma once
-#include "prefill_sm90.cuh"
+#include "prefill_consumer.cuh"
+#include "prefill_shared.cuh"
 
 namespace attnkit {
 
 template <int D_, int DV_, bool Bf16_, int KvType_, int Stages_, int RawStages_>
 struct PrefillQ8Shape {
   static constexpr int D = D_, DV = DV_, Consumers = 2, BN = 128, Stages = Stages_, QStages = 1, KvType = KvType_;
-  static constexpr bool Bf16 = false, OutBf16 = Bf16_, Widened = true;
+  static constexpr bool Bf16 = false, OutBf16 = Bf16_, Widened = true, Easy = true;
   static constexpr int RawStages = RawStages_, Loaders = 4, Fillers = 4, Followers = Fillers + Loaders - 1;  // warps
   static constexpr int Rows = 64 * Consumers, Threads = 128 * (Consumers + 2);
   static constexpr int QBytes = Rows * D * 2, KBytes = BN * D * 2, VBytes = BN * DV * 2;
   static constexpr int RawBytes = 128 * 128;  // 64 columns of Q, or a tile of K or V
   static constexpr int ConsumerRegisters = 216, ConverterRegisters = 48, ProducerRegisters = 32;
-  static constexpr int LineBytes = kMostSequences * 6 + 16, FixedBytes = 1024 + 640 + LineBytes + 2 * Rows * 4;
-  static constexpr int SharedBytes = FixedBytes + QBytes + Stages * (KBytes + VBytes) + RawStages * RawBytes;
+  static constexpr int OutColumns = 32;
+  static constexpr int SharedBytes = kFixedBytes<Rows, OutColumns> + 2 * Rows * 4 + QBytes + Stages * (KBytes + VBytes) + RawStages * RawBytes;
   static_assert(D % 64 == 0 && D <= 128 && DV % 64 == 0 && DV <= 128, "a raw row is one swizzled line, or half of one");
   static_assert(RawStages > D / 64, "Q is in the ring at once");
 };
-
-ATTNKIT_DEVICE uint4 load_shared_16(u32 from) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-  return x;
-}
 
 ATTNKIT_DEVICE void store_shared_16(u32 to, u32 x, u32 y, u32 z, u32 w) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");

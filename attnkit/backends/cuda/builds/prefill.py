@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from attnkit.backends.cuda.images import Variant, variant
 
-#: Head sizes whose softmax runs beside P V: csrc/cuda/prefill/prefill_overlap_sm90.cu. Others' was not timed so.
-OVERLAPPED = (128, 128)
-
 
 def build(D: int, Dv: int, bf16: bool, consumers: int, block: int, stages: int) -> Variant:
-    """One build of csrc/cuda/prefill/prefill_sm90.cu or prefill_overlap_sm90.cu: PrefillShape's parameters."""
+    """One build of csrc/cuda/prefill/prefill_sm90.cu: PrefillShape's parameters."""
     values = {"D": D, "DV": Dv, "BF16": int(bf16), "CONSUMERS": consumers, "BN": block, "STAGES": stages}
-    if (D, Dv) == OVERLAPPED:
-        return variant("prefill/prefill_overlap_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
-    return variant("prefill/prefill_sm90.cu", {f"ATTNKIT_{n}": v for n, v in (values | {"LOADERS": 2}).items()})
+    return variant("prefill/prefill_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 def build_q8(D: int, Dv: int, bf16: bool, int8: bool, stages: int, raw: int) -> Variant:

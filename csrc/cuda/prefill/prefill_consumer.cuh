@@ -1,35 +1,14 @@
-// Prefill for sm_90a with 16-bit heads of 128: as prefill_sm90.cuh, with the softmax of a block beside P V of the one after it.
+// What a warpgroup that attends does with its items, over 16-bit tiles and over widened ones.
 //
-// Bound by the tensor cores. Three producer warps bring K and V tiles by TMA, a box a page (the pages of a tile stand under
-// one another in shared memory), and a fourth finds the items and brings Q; Consumers warpgroups own 64 rows each. The G
-// query heads of a KV head are packed into the rows, token by token. Inside a warpgroup the softmax of a block runs beside
-// P V of the one after it, and the warpgroups take turns at the tensor cores (FlashAttention-3, Shah et al. 2024).
-// A persistent grid takes work from a counter; the blocks of one item follow those of the one before without a
-// gap: the next item's first product is issued before this item's output is written.
+// The softmax of a block runs beside P V of the one after it, and the warpgroups take turns at the tensor cores
+// (FlashAttention-3, Shah et al. 2024). Most blocks do without a maximum of their own. The blocks of one item follow those
+// of the one before without a gap: the next item's first product is issued before this item's output is written.
 #pragma once
-#include "prefill_overlap_load.cuh"
 #include "prefill_products.cuh"
+#include "prefill_shared.cuh"
 #include "prefill_softmax.cuh"
 
 namespace attnkit {
-
-// Shape of one build. D and DV are head sizes rounded up to 64s: TMA fills what lies beyond with zeros.
-template <int D_, int DV_, bool Bf16_, int Consumers_, int BN_, int Stages_>
-struct PrefillShape {
-  static constexpr int D = D_, DV = DV_, Consumers = Consumers_, BN = BN_, Stages = Stages_;
-  static constexpr bool Bf16 = Bf16_;
-  static constexpr int Rows = 64 * Consumers;
-  static constexpr int Threads = 128 * (Consumers + 1);
-  static constexpr int QBytes = Rows * D * 2, KBytes = BN * D * 2, VBytes = BN * DV * 2;
-  static constexpr int ConsumerRegisters = Consumers == 2 ? 240 : 160, ProducerRegisters = Consumers == 2 ? 24 : 32;
-  static constexpr int OutColumns = 64;  // that a warp's rows pass through shared memory at a time
-  static constexpr int LineBytes = kMostSequences * 6 + 16, OutBytes = Rows * OutColumns * 2 + 112;
-  static constexpr int FixedBytes = 1024 + 640 + LineBytes + OutBytes;
-  static constexpr int TileBytes = QBytes + Stages * (KBytes + VBytes);
-  static constexpr int QStages = FixedBytes + TileBytes + QBytes <= 227 * 1024 ? 2 : 1;
-  static constexpr int SharedBytes = FixedBytes + TileBytes + (QStages - 1) * QBytes;
-  static_assert(D % 64 == 0 && DV % 64 == 0 && BN % 64 == 0, "tiles are made of 64-column boxes");
-};
 
 template <class Shape>
 struct PrefillConsumer : PrefillProducts<Shape, Rows> {
@@ -40,6 +19,9 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
       Base::release_v, Base::release_q, Base::wait_k, Base::wait_v, Base::wait_q, Base::clear_values_beyond, Base::place_rows;
   static constexpr int Scores = BN / 2;
   static constexpr bool Halves = BN == 128;  // a tile's last block may be 64 keys wide
+  float unit[2];  // what the rows' scores are times, besides the scale: 1 unless Widened
+  int unit_set;
+  bool easy;  // all rows of the warp have a maximum; where scores are capped, none of the item was large so far
 
   ATTNKIT_DEVICE void round_probabilities() {
 #pragma unroll
@@ -49,7 +31,7 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
   // The next item may be taken: its queries and first keys are here by the time this one ends.
   static constexpr int kAhead = 2;
   ATTNKIT_DEVICE void announce() const {
-    if (group == 0 && lane == 0) mbarrier_arrive(s.nearly_done);
+    if (!Shape::Widened && group == 0 && lane == 0) mbarrier_arrive(s.nearly_done);
   }
 
   // What a loop over blocks asks again and again, out of shared memory.
@@ -59,40 +41,58 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
     ATTNKIT_DEVICE bool seen_whole(int block) const { return block * BN >= full_low && block * BN + BN <= full_high; }
   };
 
-  // One block's scores to weights; true where outputs have to shrink by decay. Cut: the block may hold keys that a row
-  // does not see.
-  template <bool Capped, bool Cut>
+  // The first N scores of a block to weights, whatever the rows see of it; true where outputs have to shrink by decay.
+  template <bool Capped, int N>
   ATTNKIT_DEVICE bool weigh(const Span& span, const Cap& cap, const float (&factor)[2], int block, float (&decay)[2]) {
-    const bool cut_high = Cut && block * BN + BN > span.full_high, cut_low = Cut && block * BN < span.full_low;
+    if constexpr (Capped && Shape::Widened) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) scores[i] *= unit[i / 2 % 2];
+    }
+    const bool cut_high = block * BN + 2 * N > span.full_high, cut_low = block * BN < span.full_low;
     if constexpr (Capped) {  // the cap's form goes by what it sees, and that must not be what happens to stand behind the keys
-      if (cut_high) rows.template mask_high<Scores>(scores, block * BN, 0.f);
-      if (cut_low) rows.template mask_low<Scores>(scores, block * BN, 0.f);
-      const bool small = cap.template small<Scores>(scores, rows.high);
-      if (!Cut && small && cap.flat) {  // in one piece, so that polynomials run beside exponentials
-        rows.template weigh_flat<Scores, false>(scores, [&](float s) { return cap.of_small(s); });
-        return false;
-      }
-      cap.template apply<Scores>(scores, small);
+      if (cut_high) rows.template mask_high<N>(scores, block * BN, 0.f);
+      if (cut_low) rows.template mask_low<N>(scores, block * BN, 0.f);
+      cap.template apply<N>(scores, cap.template small<N>(scores, rows.high));
     }
-    if (cut_high) rows.template mask_high<Scores>(scores, block * BN, negative_infinity());
-    if (cut_low) rows.template mask_low<Scores>(scores, block * BN, negative_infinity());
-    if constexpr (Capped) {
-      if (cap.flat) {
-        rows.template weigh_flat<Scores, false>(scores, [](float s) { return s; });
-        return false;
+    if (cut_high) {  // most often the last keys alone
+      if (N == 64 && !Capped && block * BN + 64 <= span.full_high) {
+        rows.template mask_high<N, N / 2>(scores, block * BN, negative_infinity());
+      } else {
+        rows.template mask_high<N>(scores, block * BN, negative_infinity());
       }
     }
-    const bool shrinks = rows.template lift<Scores, false>(scores, factor, decay);
-    rows.template weigh<Scores, false>(scores, factor, decay);
+    if (cut_low) rows.template mask_low<N>(scores, block * BN, negative_infinity());
+    if (Capped && cap.flat) {
+      rows.template weigh_flat<N>(scores);
+      return false;
+    }
+    const bool shrinks = rows.template lift<N>(scores, factor, decay);
+    rows.template weigh<N>(scores, factor, decay);
     return shrinks;
   }
 
-  // From the raw scores of the item's last block (K released) to the weights of its first, whose P V is left to do. The
-  // softmax of a block runs beside P V of the one after it; that it stands in two branches keeps ptxas from moving the
-  // exponentials behind the wait for that product.
+  // A block's raw scores to weights; true where outputs have to shrink by decay. While that is easy, a block that all rows see
+  // whole is weighed without a look at its largest scores; where the weights tell that it was not, the scores are made again.
+  template <bool Capped>
+  ATTNKIT_DEVICE bool soften(const Span& span, const Cap& cap, const float (&factor)[2], int block, float (&decay)[2]) {
+    if (Shape::Easy && easy && span.seen_whole(block)) {
+      if constexpr (Capped) {
+        if (rows.template weigh_near<Scores>(scores, cap, unit)) return false;
+        easy = false;
+      } else {
+        if (rows.template weigh_low<Scores>(scores, factor)) return false;
+      }
+      this->multiply_qk_again();
+    }
+    const bool shrinks = weigh<Capped, Scores>(span, cap, factor, block, decay);
+    if (!Capped) easy = rows.known();
+    return shrinks;
+  }
+
+  // From the raw scores of the item's last block (K released) to the weights of its first, whose P V is left to do.
   template <bool Capped>
   ATTNKIT_DEVICE void attend(const Tile& t, const Cap& cap) {
-    const float unit = Capped ? 1.f : log2_unit(), factor[2] = {unit, unit};
+    const float factor[2] = {Capped ? 1.f : log2_unit(0), Capped ? 1.f : log2_unit(1)};
     const Span span{t.block_begin, t.full_low, t.full_high};
     const bool narrow = Halves && t.width == 64;
     int block = t.block_end - 1;
@@ -100,10 +100,19 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
     rows.clear();
     if (block == span.begin) release_q();
     if (block <= span.begin + kAhead) announce();
-    weigh<Capped, true>(span, cap, factor, block, decay);
+    if (narrow) {
+      weigh<Capped, Scores / 2>(span, cap, factor, block, decay);
+#pragma unroll
+      for (int i = Scores / 2; i < Scores; ++i) scores[i] = 0.f;
+    } else {
+      weigh<Capped, Scores>(span, cap, factor, block, decay);
+    }
+    easy = Capped ? cap.flat : rows.known();
     round_probabilities();
-    wait_v();
-    clear_values_beyond(t);
+    if constexpr (!Shape::Widened) {
+      wait_v();
+      clear_values_beyond(t);
+    }
     if (block-- == span.begin) return;
     if (narrow) {
       advance<64>(0);
@@ -111,10 +120,10 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
       advance<BN>(0);
     }
     while (true) {
-      if (block == span.begin) release_q();
       if (block == span.begin + kAhead) announce();
-      const bool shrinks = span.seen_whole(block) ? weigh<Capped, false>(span, cap, factor, block, decay)
-                                                  : weigh<Capped, true>(span, cap, factor, block, decay);
+      const bool shrinks = soften<Capped>(span, cap, factor, block, decay);
+      if (block == span.begin) release_q();
+      if (Shape::Easy) release_k();
       wgmma_wait<0>();
       wgmma_hold(out);
       release_v();
@@ -125,7 +134,7 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
     }
   }
 
-  // Q K^T of a block and P V of the one after it, which stays in flight.
+  // Q K^T of a block, whose K is not released, and P V of the one after it, which stays in flight.
   template <int Keys>
   ATTNKIT_DEVICE void advance(int accumulate) {
     wait_k();
@@ -136,7 +145,7 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
     give_turn();
     wgmma_wait<1>();
     wgmma_hold(scores);
-    release_k();
+    if (!Shape::Easy) release_k();
   }
 
   // P V of the item's last block beside the next item's first product; the output is written under the latter.
@@ -154,19 +163,33 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
     finish(*items, at, false);
     items.release();
     at = place_rows(*items);
+    read_units();
     wgmma_wait<0>();
     wgmma_hold(scores);
     release_k();
   }
 
+  // After wait_q() of the item.
+  ATTNKIT_DEVICE void read_units() {
+    if constexpr (Shape::Widened) {
+      const float* from = s.unit + unit_set * Shape::Rows + group * 64 + lane / 32 * 16 + lane % 32 / 4;
+      unit[0] = from[0];
+      unit[1] = from[8];
+      unit_set ^= 1;
+    }
+  }
+
   template <bool Capped>
   ATTNKIT_DEVICE void run() {
     const Cap cap(p.scale, p.softcap, Shape::Bf16);
+    unit[0] = unit[1] = 1.f;
+    unit_set = 0;
     items.wait();
     while ((*items).more) {
       Place at = place_rows(*items);
       if ((*items).blocks() > 0) {
         wait_q();
+        read_units();
         wait_k();
         multiply_qk();
         wgmma_wait<0>();
@@ -185,21 +208,19 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
         release_v();
       } else {
         rows.clear();
+        unit[0] = unit[1] = 1.f;
 #pragma unroll
         for (int i = 0; i < Shape::DV / 2; ++i) out[i] = 0.f;
       }
-      if ((*items).pieces == 1) {
-        finish(*items, at, false);
-      } else if (this->meet(*items, [&](int) { return log2_unit(); })) {
-        finish(*items, at, true);
-      }
+      const bool met = (*items).pieces > 1;
+      if (!met || this->meet(*items, [&](int r) { return log2_unit(r); })) finish(*items, at, met);
       items.release();
       items.wait();
     }
   }
 
   // What a row's maximum is times to be a logit in log2. A capped score is one already.
-  ATTNKIT_DEVICE float log2_unit() const { return p.softcap > 0.f ? 1.f : p.scale * kLog2e; }
+  ATTNKIT_DEVICE float log2_unit(int r) const { return p.softcap > 0.f ? 1.f : p.scale * kLog2e * unit[r]; }
 
   // met: the maxima are logits in log2.
   ATTNKIT_DEVICE void finish(const Tile& t, const Place& at, bool met) {
@@ -211,8 +232,10 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
       weights[r] = total[r] == 0.f ? 0.f : reciprocal(total[r]);
     }
     if (p.sinks != nullptr || p.lse != nullptr) add_sinks(t, at, met, total, weights);
+    float out_scale = p.out_scale;
+    if (Shape::Widened && p.v_scale != nullptr) out_scale *= *reinterpret_cast<const float*>(p.v_scale + t.h * p.v_scale_h);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) weights[r] *= p.out_scale;
+    for (int r = 0; r < 2; ++r) weights[r] *= out_scale;
     store_rows(t, at, weights);
   }
 
@@ -220,7 +243,7 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
   ATTNKIT_DEVICE void add_sinks(const Tile& t, const Place& at, bool met, float (&total)[2], float (&weights)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float logit = rows.top[r] * (met || p.softcap > 0.0f ? kLn2 : p.scale);
+      float logit = rows.top[r] * (met || p.softcap > 0.0f ? kLn2 : p.scale * unit[r]);
       if (p.sinks != nullptr && at.token[r] >= 0) {
         const float sink = load_sink(p, at.head[r]);
         const float most = fmaxf(logit, sink), base = most == negative_infinity() ? 0.0f : most;
@@ -255,7 +278,7 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
         const float* x = out + first / 2 + 8 * i;
         u32 y[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) y[j] = pack<Shape::Bf16>(x[2 * j] * weights[j % 2], x[2 * j + 1] * weights[j % 2]);
+        for (int j = 0; j < 4; ++j) y[j] = pack<Shape::OutBf16>(x[2 * j] * weights[j % 2], x[2 * j + 1] * weights[j % 2]);
         store_matrix_x4(to ^ (i * 32), y[0], y[1], y[2], y[3]);
       }
       __syncwarp();
@@ -281,41 +304,6 @@ ATTNKIT_DEVICE void clear_padding(const PrefillParams& p) {
     const i64 row = i / units, token = first + row / heads;
     *reinterpret_cast<uint4*>(p.out + token * p.out_t + row % heads * p.out_h + i % units * 16) = make_uint4(0, 0, 0, 0);
     if (p.lse != nullptr && i % units == 0) p.lse[first * heads + row] = negative_infinity();
-  }
-}
-
-template <class Shape>
-ATTNKIT_DEVICE void prefill(const PrefillParams& p) {
-  extern __shared__ char raw[];
-  const PrefillShared<Shape> s(raw);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) s.init_barriers();
-  prefetch_maps(p);
-  wait_for_previous_grid();  // everything that is read may be its work, and the counters are
-  if (p.cu_q[p.B] < p.T) clear_padding(p);
-  const WorkLine<Shape::BN> line(p, s.line, s.whose);
-  line.arrange();
-  if (warp >= 4 * Shape::Consumers) {
-    registers_lower<Shape::ProducerRegisters>();
-    switch (warp - 4 * Shape::Consumers) {
-      case 0: {
-        Ring<Shape::QStages> ring;
-        find_items(s, line, [&](const Tile& t) { load_queries<Shape>(p, s, ring, t); });
-        break;
-      }
-      case 1: PrefillProducer<Shape, kKeys>{p, s}.follow(); break;
-      case 2: PrefillProducer<Shape, kValues>{p, s}.follow(); break;
-      default: PrefillProducer<Shape, kBoth>{p, s}.follow();
-    }
-  } else {
-    registers_raise<Shape::ConsumerRegisters>();
-    PrefillConsumer<Shape> consumer{p, s, warp / 4, static_cast<int>(threadIdx.x % 128), {}, {}, {}, {s}};
-    if (Shape::Consumers > 1 && consumer.group == Shape::Consumers - 1) consumer.give_turn();
-    if (p.softcap > 0.0f) {
-      consumer.template run<true>();
-    } else {
-      consumer.template run<false>();
-    }
   }
 }
 

@@ -1,6 +1,6 @@
 // The warps of prefill that bring tiles by TMA, and the one that finds the items.
 #pragma once
-#include "prefill_overlap_shared.cuh"
+#include "prefill_shared.cuh"
 
 namespace attnkit {
 
