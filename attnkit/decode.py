@@ -14,6 +14,7 @@ from attnkit.backends.cuda import decode as cuda_decode
 from attnkit.backends.triton import decode as triton_decode
 from attnkit.cache import PageTable
 from attnkit.dispatch import PlanCache, make_plan
+from attnkit.keys import call_key
 from attnkit.roofline import Cost
 
 OP = "paged_decode"
@@ -104,10 +105,9 @@ def paged_decode(
 def _run(q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse,
          scale, out_scale, window, softcap, batch_invariant, impl, config=None, fresh=False) -> None:  # fmt: skip
     """``k`` may be the whole cache and ``v`` None: two views would take 2 us. ``fresh``: out is as the op makes it."""
-    aligned = not (q.data_ptr() | k.data_ptr() | (0 if v is None else v.data_ptr()) | out.data_ptr()) & 15
     static = (scale, out_scale, window, softcap, batch_invariant, impl, config)
     shapes = (q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, None if fresh else out, lse)
-    key = attention.call_key(shapes, aligned, static)
+    key = call_key(shapes, static)
     plan = _PLANS.get(key)
     if plan is None:
         tensors = _views(q, k, v, pages, lens, sinks, k_scale, v_scale, tree_mask, out, lse)

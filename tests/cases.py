@@ -129,6 +129,7 @@ LARGE_DECODE = [
     replace(BASE, lens=(65536, 1, 0, 700) * 2, Hq=32, Hkv=8, D=128),
     replace(BASE, lens=(2048, 777, 5), Hq=32, Hkv=8, D=128, Q=8),
     replace(BASE, lens=(2048, 777, 5), Hq=64, Hkv=8, D=64, window=128, sinks=True),
+    replace(BASE, lens=(2048, 777, 5), Hq=56, Hkv=8, D=64, Q=3, tree=True, window=100, sinks=True),
     replace(BASE, lens=(4000, 777, 5), Hq=32, Hkv=8, D=128, kv_dtype=torch.float8_e4m3fn, scales="head"),
     replace(BASE, lens=(4000, 777, 5), Hq=32, Hkv=8, D=128, kv_dtype=torch.int8, scales="head", Q=4, tree=True),
     replace(BASE, lens=(2000, 777, 5), Hq=16, Hkv=8, D=256, kv_dtype=torch.float8_e4m3fn, scales="head", Q=8),

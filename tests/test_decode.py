@@ -98,6 +98,18 @@ def test_many_pieces_meet(Hq, Q):
         assert_close(out, truth[0], plain[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("Hq", [4, 12, 20, 32, 64])
+def test_scores_far_apart(Hq):
+    """What a row's weights count from rises many times on the way."""
+    x = inputs.make(replace(cases.BASE, lens=(1500, 3, 700), Hq=Hq, Hkv=1, D=128), "cuda")
+    x.q.mul_(50)
+    truth, plain = x.truth(), x.plain()
+    out = torch.full_like(x.q, float("nan"))
+    skip_if_declined(lambda: attnkit.paged_decode(x.q, x.kv, x.table, out=out, impl="cuda_sm90"))
+    assert_close(out, truth[0], plain[0])
+
+
 def test_batch_invariance_has_a_negative_control():
     """Splitting a row's keys elsewhere changes its bits: the comparison above can fail."""
     x = inputs.make(replace(INVARIANT, lens=(200,), dtype=torch.float32))

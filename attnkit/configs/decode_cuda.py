@@ -56,9 +56,9 @@ def _by_twos(sig: Any) -> bool:
 
 def default(sig: Any, arch: Arch) -> CudaConfig:
     """Two rings a multiprocessor keep the memory busier, with two tiles each: more under way make it slower again by 2 to 4%.
-    Where pieces are large and many of them meet, and where all is over in a few tiles, half the pieces do better; then half of
-    each multiprocessor is free for the next launch's beginning, which is let in before the first CTA ends: else two of it meet
-    in one multiprocessor.
+    Where that cuts heads which one ring would leave whole, where pieces are large and many of them meet, and where all is over
+    in a few tiles, half the CTAs do better. Then half of each multiprocessor is free for the next launch's beginning, which in
+    some cases is let in late, before the first CTA ends: else two of it meet in one multiprocessor.
     """
     heads, rows = sig.B * sig.Hkv, sig.G * sig.Q
     if 16 < rows <= 32 and 2 * heads <= arch.sms:
@@ -66,8 +66,11 @@ def default(sig: Any, arch: Arch) -> CudaConfig:
     of_head = -(-sig.W * sig.S // _build(sig, 2).tile)
     tiles = heads * of_head
     if rows <= 8 and sig.B <= 32 and not sig.batch_invariant:
-        if 24 * arch.sms < tiles <= 40 * arch.sms:
-            return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=1, late=6, ahead=6)
+        if 9 * arch.sms <= 10 * heads and heads <= arch.sms:  # one CTA a multiprocessor cuts no head, two do
+            if 24 * arch.sms < tiles <= 40 * arch.sms:
+                return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=1, late=6, ahead=6)
+            if 40 * arch.sms < tiles <= 80 * arch.sms:
+                return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=1, ahead=6)
         if 6 * arch.sms < tiles <= 16 * arch.sms:
             return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=1, late=3, ahead=3)
     if tiles > 8 * arch.sms:

@@ -18,7 +18,6 @@ from attnkit.backends.cuda.launch import (
     index_of,
     kernel,
     missing,
-    pointer,
     scratch,
     stream_of,
     unavailable,
@@ -164,7 +163,7 @@ def launch(
     plan: Any,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     pages: Tensor,
     lens: Tensor,
     sinks: Tensor | None,
@@ -174,17 +173,17 @@ def launch(
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
+    """``v`` is None where ``k`` is a cache [P, 2, S, Hkv, D] that holds both."""
     state = plan.state
     if not state:
         prepare(plan)
+        state["v_offset"] = k.stride(1) * k.element_size() if v is None else 0
     if sinks is not None and sinks.stride(0) != 1:
         sinks = sinks.contiguous()
     stream = stream_of(state["index"])
     state["launch"](
-        stream,
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), pages.data_ptr(), lens.data_ptr(),
-        pointer(sinks), pointer(k_scale), pointer(v_scale), pointer(tree_mask), out.data_ptr(), pointer(lse),
-        *scratch(plan, stream),
+        stream, q, k, k.data_ptr() + state["v_offset"] if v is None else v, pages, lens, sinks, k_scale, v_scale, tree_mask,
+        out, lse, *scratch(plan, stream),
         0 if k_scale is None else k_scale.stride(0) * 4,
         0 if v_scale is None else v_scale.stride(0) * 4,
         *((0, 0, 0) if tree_mask is None else tree_mask.stride()),

@@ -58,7 +58,8 @@ struct DecodeParams {
   float scale, out_scale, softcap, softcap_inverse;  // softcap 0: none
 };
 
-// One stretch of keys of one (sequence, head), handled by one CTA. The producer warp finds it; tiles = 0 is the end.
+// One stretch of keys of one (sequence, head), handled by one CTA. The producer warp finds it; tiles = 0 is the end, count = 0 a
+// guess that was wrong.
 struct Piece {
   int b, h, block;   // sequence, KV head, which block of the G * Q rows that share the head
   int length;        // L
