@@ -76,18 +76,6 @@ def softmax_scale(op: str, scale: float | None, default: float) -> float:
     return float(scale)
 
 
-def call_key(tensors: tuple[Tensor | None, ...], aligned: bool, rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What tells one signature from another, in the order a dictionary hashes fastest."""
-    first = tensors[0]
-    assert first is not None
-    return (
-        first.device,
-        aligned,
-        rest,
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
-    )
-
-
 def signature(
     op: str,
     q: Tensor,

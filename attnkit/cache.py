@@ -14,6 +14,7 @@ from attnkit.backends.cuda import cache as cuda_cache
 from attnkit.backends.triton import cache as triton_cache
 from attnkit.backends.triton import decode as triton_decode
 from attnkit.dispatch import PlanCache, make_plan
+from attnkit.keys import call_key
 from attnkit.signature import MergeSig, WriteSig
 
 WRITE, MERGE = "write_kv", "merge_states"
@@ -80,8 +81,7 @@ def write_kv(
 
 def _run_write(k, v, k_cache, v_cache, slots, k_scale, v_scale, impl) -> None:
     tensors = (k, v, k_cache, v_cache, slots, k_scale, v_scale)
-    aligned = not (k.data_ptr() | v.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) & 15
-    key = attention.call_key(tensors, aligned, (impl,))
+    key = call_key(tensors, (impl,))
     plan = _WRITE_PLANS.get(key)
     if plan is None:
         plan = _WRITE_PLANS.put(key, make_plan(KERNELS, _write_signature(*tensors), impl))
@@ -146,8 +146,7 @@ def merge_states(
 
 def _run_merge(out_a, lse_a, out_b, lse_b, out, lse, impl) -> None:
     tensors = (out_a, lse_a, out_b, lse_b, out, lse)
-    aligned = not (out_a.data_ptr() | out_b.data_ptr() | out.data_ptr()) & 15
-    key = attention.call_key(tensors, aligned, (impl,))
+    key = call_key(tensors, (impl,))
     plan = _MERGE_PLANS.get(key)
     if plan is None:
         plan = _MERGE_PLANS.put(key, make_plan(MERGE_KERNELS, _merge_signature(*tensors), impl))

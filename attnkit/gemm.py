@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from attnkit import check, registry
-from attnkit.attention import call_key
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import gemm as cpu_gemm
 from attnkit.backends.cuda import gemm as cuda_gemm
 from attnkit.backends.cuda import gemm_skinny as cuda_gemm_skinny
 from attnkit.backends.triton import gemm as triton_gemm
 from attnkit.dispatch import PlanCache, make_plan
+from attnkit.keys import call_key
 from attnkit.roofline import Cost
 from attnkit.signature import GemmSig
 
@@ -67,8 +67,7 @@ def _flat_scale(name: str, scale: Tensor) -> Tensor:
 
 def _run_gemm(a, w, a_scale, w_scale, bias, out, impl, config=None) -> None:
     tensors = (a, w, a_scale, w_scale, bias, out)
-    operands_aligned = not (a.data_ptr() | w.data_ptr()) & 15
-    key = call_key(tensors, not out.data_ptr() & 15, (impl, config, operands_aligned))
+    key = call_key(tensors, (impl, config))
     plan = _GEMM_PLANS.get(key)
     if plan is None:
         plan = _GEMM_PLANS.put(key, make_plan(KERNELS, _gemm_signature(*tensors), impl, config))

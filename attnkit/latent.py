@@ -10,6 +10,7 @@ from attnkit.backends import torch_ref
 from attnkit.backends.cuda import latent as cuda_latent
 from attnkit.backends.triton import latent as triton_latent
 from attnkit.dispatch import PlanCache, make_plan
+from attnkit.keys import call_key
 from attnkit.signature import WriteLatentSig
 
 OP = "write_latent"
@@ -34,8 +35,7 @@ def write_latent(latent: Tensor, rope: Tensor, cache: Tensor, slots: Tensor, *, 
 
 def _run(latent, rope, cache, slots, impl) -> None:
     tensors = (latent, rope, cache, slots)
-    aligned, sources_aligned = not cache.data_ptr() & 15, not (latent.data_ptr() | rope.data_ptr()) & 15
-    key = attention.call_key(tensors, aligned, (sources_aligned, impl))
+    key = call_key(tensors, (impl,))
     plan = _PLANS.get(key)
     if plan is None:
         plan = _PLANS.put(key, make_plan(KERNELS, _signature(*tensors), impl))

@@ -15,6 +15,7 @@ from attnkit.backends.cuda import prefill_q8 as cuda_prefill_q8
 from attnkit.backends.triton import prefill as triton_prefill
 from attnkit.cache import PageTable
 from attnkit.dispatch import PlanCache, make_plan
+from attnkit.keys import call_key
 from attnkit.roofline import Cost
 
 OP = "paged_prefill"
@@ -82,9 +83,8 @@ def paged_prefill(
 def _run(q, k, v, pages, lens, cu_q, sinks, k_scale, v_scale, out, lse,
          scale, out_scale, causal, window, softcap, batch_invariant, impl, config=None) -> None:  # fmt: skip
     tensors = (q, k, v, pages, lens, cu_q, sinks, k_scale, v_scale, out, lse)
-    aligned = not (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) & 15
     static = (scale, out_scale, causal, window, softcap, batch_invariant, impl, config)
-    key = attention.call_key(tensors, aligned, static)
+    key = call_key(tensors, static)
     plan = _PLANS.get(key)
     if plan is None:
         sig = _signature(tensors, static)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from attnkit import check, registry
-from attnkit.attention import call_key
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import quantize as cpu
 from attnkit.backends.cuda import quantize as cuda
 from attnkit.backends.triton import quantize as triton
 from attnkit.dispatch import PlanCache, make_plan
+from attnkit.keys import call_key
 from attnkit.roofline import Cost
 from attnkit.signature import QuantSig, RmsNormQuantSig, SiluMulQuantSig
 
@@ -133,7 +133,7 @@ def silu_mul_quantize(
 
 def _run_quantize(x, out, scale, impl, config=None) -> None:
     tensors = (x, out, scale)
-    key = call_key(tensors, not (x.data_ptr() | out.data_ptr()) & 15, (impl, config))
+    key = call_key(tensors, (impl, config))
     plan = _QUANTIZE_PLANS.get(key)
     if plan is None:
         plan = _QUANTIZE_PLANS.put(key, make_plan(KERNELS, _quantize_signature(*tensors), impl, config))
@@ -146,8 +146,7 @@ def _run_rms_norm(x, weight, residual, out, scale, eps, impl, config=None) -> No
     tensors = (x, weight, residual, out, scale)
     if residual is not None and x.numel() and residual.data_ptr() == x.data_ptr():
         raise ValueError(f"{RMS_NORM}: residual is x's memory, wanted memory of its own")
-    bits = x.data_ptr() | weight.data_ptr() | out.data_ptr() | (0 if residual is None else residual.data_ptr())
-    key = call_key(tensors, not bits & 15, (impl, config, eps))
+    key = call_key(tensors, (impl, config, eps))
     plan = _RMS_NORM_PLANS.get(key)
     if plan is None:
         plan = _RMS_NORM_PLANS.put(key, make_plan(RMS_NORM_KERNELS, _rms_norm_signature(*tensors, eps), impl, config))
@@ -158,7 +157,7 @@ def _run_rms_norm(x, weight, residual, out, scale, eps, impl, config=None) -> No
 
 def _run_silu_mul(x, out, scale, impl, config=None) -> None:
     tensors = (x, out, scale)
-    key = call_key(tensors, not (x.data_ptr() | out.data_ptr()) & 15, (impl, config))
+    key = call_key(tensors, (impl, config))
     plan = _SILU_MUL_PLANS.get(key)
     if plan is None:
         plan = _SILU_MUL_PLANS.put(key, make_plan(SILU_MUL_KERNELS, _silu_mul_signature(*tensors), impl, config))

@@ -14,6 +14,7 @@ from attnkit.backends.cpu import sampling as cpu_sampling
 from attnkit.backends.cuda import sampling as cuda_sampling
 from attnkit.backends.triton import sampling as triton_sampling
 from attnkit.dispatch import PlanCache, make_plan
+from attnkit.keys import call_key
 from attnkit.roofline import Cost
 from attnkit.signature import SampleSig
 
@@ -41,7 +42,6 @@ _MASKS = {
     "allowed": ("allowed", "", torch.int32),
 }
 _GIVEN = (*_NAMES, *_MASKS)
-_NUMBERS = frozenset((int, float, bool, type(None)))
 
 
 class Sampled(NamedTuple):
@@ -161,12 +161,9 @@ def _run(
 
 def _call(logits, seeds, given, tokens, valid, chosen, top, impl, config) -> None:
     """``given``: a value or tensor for each of _NAMES, then a tensor or None for each of _MASKS."""
-    everything = (logits, seeds, tokens, chosen, *given)
+    tensors = (logits, seeds, tokens, chosen, *[t if isinstance(t, Tensor) else None for t in given])
     # The types tell 1 from True; a tensor subclass counts as what it is.
-    key = (
-        logits.device, logits.data_ptr() & 15 == 0, impl, config, *map(type, given),
-        *[t if type(t) in _NUMBERS or not isinstance(t, Tensor) else (t.shape, t.stride(), t.dtype) for t in everything],
-    )  # fmt: skip
+    key = call_key(tensors, (impl, config, *map(type, given), *[None if isinstance(t, Tensor) else t for t in given]))
     try:
         plan = _PLANS.get(key)
     except TypeError:  # something that cannot be hashed, and so is no option: _signature says which

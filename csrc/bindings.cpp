@@ -7,6 +7,7 @@ void register_cpu_gemm(pybind11::module_& m);       // cpu/gemm.cpp: w8a8_gemm, 
 void register_cpu_sampling(pybind11::module_& m);   // cpu/sampling.cpp: sample
 void register_cpu_cache(pybind11::module_& m);      // cpu/cache.cpp: write_kv, merge_states
 void register_launch(pybind11::module_& m);         // launch/driver.cpp: cubins through libcuda
+void register_tensors(pybind11::module_& m);        // launch/tensors.cpp: a call's key
 }  // namespace attnkit
 
 PYBIND11_MODULE(_C, m) {
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_C, m) {
   attnkit::register_cpu_sampling(m);
   attnkit::register_cpu_cache(m);
   attnkit::register_launch(m);
+  attnkit::register_tensors(m);
 }

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -264,10 +265,10 @@ def test_nvrtc_reports_its_log():
 
 
 def test_scratch_is_kept_a_stream_and_made_anew_in_a_capture(monkeypatch):
-    """On CPU memory, with the driver's two questions answered by hand."""
-    capturing = False
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing, raising=False)
+    """On CPU memory, with the driver's answer given by hand."""
+    capturing = 0
+    monkeypatch.setattr(launch, "compiled", lambda: SimpleNamespace(cuda_capture_id=lambda stream: capturing))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     asked = []
     real = workspace.counters
     monkeypatch.setattr(workspace, "counters", lambda device, n: asked.append(n) or real(device, n))
@@ -277,7 +278,7 @@ def test_scratch_is_kept_a_stream_and_made_anew_in_a_capture(monkeypatch):
     assert all(first) and launch.scratch(plan, 1) == first and asked == [12]
     launch.scratch(plan, 2)
     assert asked == [12, 12] and set(plan.state["scratch"]) == {1, 2}
-    capturing = True
+    capturing = 7
     launch.scratch(plan, 1)
     assert asked == [12, 12, 12]
     plan.state["partial_bytes"] = 0

@@ -151,7 +151,7 @@ def test_steps_clear_and_run_what_was_asked_for(tmp_path, monkeypatch):
         (tmp_path / name).write_text("{}")
     ran = []
     monkeypatch.setattr(
-        receipt.subprocess, "run", lambda command, cwd: ran.append(command[3:]) or SimpleNamespace(returncode=1)
+        receipt.subprocess, "run", lambda command, cwd, env: ran.append(command[3:]) or SimpleNamespace(returncode=1)
     )
     receipt.run_steps(["perf"], first=True)
     assert {p.name for p in tmp_path.iterdir()} == {"sanitizer.json", "tests.xml"}
@@ -161,7 +161,7 @@ def test_steps_clear_and_run_what_was_asked_for(tmp_path, monkeypatch):
     ran.clear()
     receipt.run_steps(["tests"])
     assert [arguments[1] for arguments in ran] == ["tests", receipt.STRESS] and all("gpu" in arguments for arguments in ran)
-    monkeypatch.setattr(receipt.subprocess, "run", lambda command, cwd: SimpleNamespace(returncode=-11))
+    monkeypatch.setattr(receipt.subprocess, "run", lambda command, cwd, env: SimpleNamespace(returncode=-11))
     with pytest.raises(receipt.Refused, match="ended with -11"):
         receipt.run_steps(["tests"])
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "launch/cuda_api.h"
+#include "launch/tensors.h"
 
 namespace py = pybind11;
 
@@ -130,7 +131,7 @@ class Launch {
     config_.n_attributes = static_cast<unsigned>(attributes_.size());
   }
 
-  // launch(stream, value, ...): one value for each offset; None is 0. Holds the GIL, so the buffer has one writer.
+  // launch(stream, value, ...): one value for each offset, a tensor for its address; None is 0. Holds the GIL, so the buffer has one writer.
   void operator()(PyObject* const* values, std::size_t count) {
     if (count != offsets_.size() + 1) {
       throw py::value_error("Launch: got " + std::to_string(count) + " values, wanted the stream and " + std::to_string(offsets_.size()));
@@ -178,9 +179,16 @@ class Launch {
 
   static std::uint64_t number(PyObject* object) {
     if (object == Py_None) return 0;
+    if (!PyLong_Check(object)) return address(object);
     const std::uint64_t value = PyLong_AsUnsignedLongLongMask(object);  // negative strides wrap to two's complement
     if (value == static_cast<std::uint64_t>(-1) && PyErr_Occurred()) throw py::error_already_set();
     return value;
+  }
+
+  static std::uint64_t address(PyObject* tensor) {
+    DlTensor read;
+    if (read_tensor(tensor, &read)) return read.address();
+    return py::handle(tensor).attr("data_ptr")().cast<std::uint64_t>();
   }
 
   std::shared_ptr<Kernel> kernel_;
@@ -207,7 +215,7 @@ PyObject* call_launch(PyObject* capsule, PyObject* const* values, Py_ssize_t cou
 }
 
 PyMethodDef call_launch_definition = {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_launch)), METH_FASTCALL,
-                                      "launch(stream, value, ...): one value for each offset"};
+                                      "launch(stream, value, ...): one value for each offset, a tensor for its address"};
 
 py::object make_launch(std::shared_ptr<Kernel> kernel, const Dim& grid, const Dim& block, const Dim& cluster, bool programmatic,
                        const py::bytes& parameters, std::vector<std::size_t> offsets,
@@ -229,13 +237,22 @@ py::object unavailable() {
   }
 }
 
-// The capture that a stream is part of, or 0.
-std::uint64_t capture_id(std::uint64_t stream) {
-  int status = 0;
-  std::uint64_t id = 0;
-  check(api().StreamGetCaptureInfo(reinterpret_cast<Stream>(stream), &status, &id, nullptr, nullptr, nullptr), "cuStreamGetCaptureInfo");
-  return status == 1 ? id : 0;  // 1: CU_STREAM_CAPTURE_STATUS_ACTIVE
+// cuda_capture_id(stream): the capture that a stream is part of, or 0. A plain builtin, as it is asked before every launch.
+PyObject* capture_id(PyObject*, PyObject* stream) {
+  try {
+    const std::uint64_t handle = PyLong_AsUnsignedLongLongMask(stream);
+    if (handle == static_cast<std::uint64_t>(-1) && PyErr_Occurred()) return nullptr;
+    int status = 0;
+    std::uint64_t id = 0;
+    check(api().StreamGetCaptureInfo(reinterpret_cast<Stream>(handle), &status, &id, nullptr, nullptr, nullptr), "cuStreamGetCaptureInfo");
+    return PyLong_FromUnsignedLongLong(status == 1 ? id : 0);  // 1: CU_STREAM_CAPTURE_STATUS_ACTIVE
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
 }
+
+PyMethodDef capture_id_definition = {"cuda_capture_id", &capture_id, METH_O, "cuda_capture_id(stream): the capture it is part of, or 0"};
 
 }  // namespace
 }  // namespace attnkit::cuda
@@ -245,7 +262,7 @@ namespace attnkit {
 void register_launch(py::module_& m) {
   using namespace attnkit::cuda;
   m.def("cuda_unavailable", &unavailable, "None where the CUDA driver can be used, else the reason");
-  m.def("cuda_capture_id", &capture_id, py::arg("stream"), "The capture that a stream is part of, or 0");
+  m.attr("cuda_capture_id") = py::reinterpret_steal<py::object>(PyCFunction_New(&capture_id_definition, nullptr));
   m.def("cuda_driver_version", [] {
     int version = 0;
     check(api().DriverGetVersion(&version), "cuDriverGetVersion");

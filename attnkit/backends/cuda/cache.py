@@ -75,10 +75,7 @@ def _write(
     if not state:
         state["index"] = launch.index_of(plan.sig.device)
         state["launch"] = _prepare_write(plan, k_scale, v_scale)
-    state["launch"](
-        launch.stream_of(state["index"]), k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(),
-        launch.pointer(k_scale), launch.pointer(v_scale),
-    )  # fmt: skip
+    state["launch"](launch.stream_of(state["index"]), k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
 
 def _merge_supports(sig: MergeSig) -> str | None:
@@ -102,8 +99,7 @@ def _merge(plan: Plan, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tenso
     if not state:
         state["index"] = launch.index_of(plan.sig.device)
         state["launch"] = _prepare_merge(plan)
-    tensors = (out_a, lse_a, out_b, lse_b, out, lse)
-    state["launch"](launch.stream_of(state["index"]), *(t.data_ptr() for t in tensors))
+    state["launch"](launch.stream_of(state["index"]), out_a, lse_a, out_b, lse_b, out, lse)
 
 
 WRITE_KV = Kernel("cuda_sm90", "cuda", _write_supports, _write)

@@ -51,8 +51,7 @@ def _launch(plan: Plan, latent: Tensor, rope: Tensor, cache: Tensor, slots: Tens
     if not state:
         state["index"] = launch.index_of(plan.sig.device)
         state["launch"] = _prepare(plan)
-    pointers = latent.data_ptr(), rope.data_ptr(), cache.data_ptr(), slots.data_ptr()
-    state["launch"](launch.stream_of(state["index"]), *pointers)
+    state["launch"](launch.stream_of(state["index"]), latent, rope, cache, slots)
 
 
 WRITE_LATENT = Kernel("cuda_sm90", "cuda", _supports, _launch)

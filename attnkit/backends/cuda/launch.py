@@ -39,6 +39,7 @@ class Fields:
         return self._format.pack(*(values.get(name, 0) for name in self.names))
 
 
+@cache
 def compiled() -> Any:
     """attnkit._C. Raises RuntimeError where it was not built."""
     try:
@@ -84,25 +85,19 @@ def stream_of(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-def pointer(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def scratch(plan: Any, stream: int) -> tuple[int, int]:
     """Addresses of the partials and counters that plan.state asks for ("partial_bytes", which may be 0, and "counters").
 
     Outside a capture they are looked up once a stream (5 us a time) and kept in plan.state["scratch"].
     """
-    state, device = plan.state, plan.sig.device
-    if torch._C._cuda_getDevice() != state["index"]:  # torch.cuda's own names for these two take 0.5 us more
-        with torch.cuda.device(state["index"]):  # the question below is about the current device's stream
-            return scratch(plan, stream)
-    capturing = torch._C._cuda_isCurrentStreamCapturing()
+    state, capturing = plan.state, compiled().cuda_capture_id(stream)
     held = None if capturing else state["scratch"].get(stream)
     if held is None:
-        partials = workspace.partials(device, state["partial_bytes"]) if state["partial_bytes"] else None
-        counters = workspace.counters(device, state["counters"])
-        held = (pointer(partials), pointer(counters)), (partials, counters)
+        device = plan.sig.device
+        with torch.cuda.device(state["index"]):  # the workspace asks about the current device's stream
+            partials = workspace.partials(device, state["partial_bytes"]) if state["partial_bytes"] else None
+            counters = workspace.counters(device, state["counters"])
+        held = (0 if partials is None else partials.data_ptr(), counters.data_ptr()), (partials, counters)
         if not capturing:
             state["scratch"][stream] = held
     return held[0]
