@@ -284,11 +284,15 @@ def _uniform(words: Tensor) -> Tensor:
     return ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
-def gumbel(words: Tensor) -> Tensor:
-    """-log(E) with E ~ Exp(1), float32. Small E keeps all its bits, so two winners hardly ever tie."""
+def exponential(words: Tensor) -> Tensor:
+    """E ~ Exp(1), float32. Small E keeps all its bits, so two winners hardly ever tie."""
     u = _uniform(words)
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u / 5))))
-    return -torch.log(torch.where(u < 0.02, series, -torch.log(1 - u)))
+    return torch.where(u < 0.02, series, -torch.log(1 - u))
+
+
+def gumbel(words: Tensor) -> Tensor:
+    return -torch.log(exponential(words))
 
 
 def processed_logits(logits: Tensor, o: dict[str, Tensor]) -> Tensor:
@@ -337,35 +341,40 @@ def grouped(x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, 4, 32, 4)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def draw_of_all(x: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
-    """One draw a row from softmax(x), with noise for a group of tokens instead of every token.
+def draw_by_arrival(x: Tensor, kept: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
+    """One draw a row from softmax(x) over ``kept``, with noise for a group of tokens instead of every token.
 
-    The largest of log(sum of exp(x) over the group) + Gumbel names the group: it is group g with its share of the
-    softmax (Gumbel-max), whichever way tokens are grouped. Inside it the cumulated exp(x) that exceeds a uniform share
-    of the group's sum names the token, with its share of the group. The product is the token's softmax.
-    Group g's Gumbel is word g // 32 % 4 of counter 32 (g // 128) + g % 32.
+    Tokens arrive at random, each at the rate exp(x): the first of those kept to arrive is token v with its share of their
+    softmax. Of a group of 16, whatever is kept, the first arrives at the rate of their sum, and it is each of them with its
+    share of that sum: the first whose cumulated exp(x) exceeds a uniform share of it. From then on every other token of the
+    group arrives at its own rate, as if nothing had happened before. So only groups that arrive early need noise by token.
+    Group g's time has word g // 32 % 4 of counter 32 (g // 128) + g % 32.
     """
-    x = grouped(x)
-    most = x.amax(2, keepdim=True)
-    most = torch.where(most > -INF, most, 0.0)
-    mass = torch.exp((x - most).double()).cumsum(2)
-    words = philox(seeds, offsets, x.shape[1] // 4, GROUPS)
+    V = x.shape[1]
+    top = x.amax(1, keepdim=True)
+    rate = torch.exp((grouped(x) - top[..., None]).double())
+    mass = rate.cumsum(2)
+    words = philox(seeds, offsets, mass.shape[1] // 4, GROUPS)
     words = words.unflatten(1, (-1, 32)).transpose(2, 3).flatten(1)
-    score = most[..., 0] + torch.log(mass[..., -1]).float() + gumbel(words)
-    group = _first_argmax(score)[:, None]
-    u = _uniform(philox(seeds, offsets, x.shape[1], INSIDE)[..., 0]).gather(1, group).double()
-    mass = mass.gather(1, group[..., None].expand(-1, 1, 16))[:, 0]
-    inside = (mass <= u * mass[:, -1:]).sum(1, keepdim=True)
-    return (group // 32 * 512 + inside // 4 * 128 + group % 32 * 4 + inside % 4)[:, 0]
+    time = (exponential(words) / mass[..., -1])[..., None]
+    u = _uniform(philox(seeds, offsets, mass.shape[1], INSIDE)[..., :1]).double()
+    first = (mass <= u * mass[..., -1:]).sum(2, keepdim=True)
+    wait = grouped(exponential(philox(seeds, offsets, (V + 3) // 4, TOKENS).flatten(1)[:, :V])) / rate
+    wait = wait.scatter(2, first.clamp(max=15), 0.0)
+    earliest, inside = (time + wait).masked_fill(grouped(kept.float()) <= 0, INF).min(2)
+    # Compared as numbers of float32: where +inf counts as the largest of them, the first group that has one wins.
+    group = _first_argmax((top - torch.log(earliest)).float())[:, None]
+    inside = inside.gather(1, group)
+    return (group // 32 * 512 + inside // 4 * 128 + group % 32 * 4 + inside % 4)[:, 0].clamp(max=V - 1)
 
 
-def draw(x: Tensor, kept: Tensor, free: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
-    """One draw a row from softmax(x) over ``kept``: Gumbel-max over the kept tokens, but in rows of ``free`` (nothing holds
-    them back) from groups of tokens."""
+def draw(x: Tensor, kept: Tensor, by_arrival: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
+    """One draw a row from softmax(x) over ``kept``: Gumbel-max over the kept tokens, but in rows of ``by_arrival`` (neither
+    top-k nor min-p holds them back) the first to arrive."""
     V = x.shape[1]
     noise = gumbel(philox(seeds, offsets, (V + 3) // 4, TOKENS).flatten(1)[:, :V])
     tokens = _first_argmax((x + noise).masked_fill(~kept, -INF))
-    return torch.where(free, draw_of_all(x, seeds, offsets).clamp(max=V - 1), tokens)
+    return torch.where(by_arrival, draw_by_arrival(x, kept, seeds, offsets), tokens)
 
 
 def sample(
@@ -379,8 +388,8 @@ def sample(
     t = o["temperature"][:, None]
     warm = (x / torch.where(t == 0, 1.0, t)).clamp(max=torch.finfo(torch.float32).max)
     kept = survivors(warm, o["top_k"], o["top_p"], o["min_p"])
-    free = ((o["top_k"] <= 0) | (o["top_k"] >= V)) & (o["top_p"] >= 1) & (o["min_p"] <= 0)
-    drawn = draw(warm, kept, free, seeds, o["offset"])
+    by_arrival = ((o["top_k"] <= 0) | (o["top_k"] >= V)) & (o["min_p"] <= 0)
+    drawn = draw(warm, kept, by_arrival, seeds, o["offset"])
     tokens = torch.where(t[:, 0] == 0, _first_argmax(x), drawn)
     tokens = torch.where(valid, tokens, 0)
     if logprobs is None:

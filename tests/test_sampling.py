@@ -46,6 +46,17 @@ def test_same_tokens_as_the_reference(options, dtype, impl, device):
 
 
 @pytest.mark.parametrize(("impl", "device"), every(KERNELS))
+@pytest.mark.parametrize("p", [0.02, 0.3, 0.7, 0.99])
+def test_the_first_kept_to_arrive(p, impl, device):
+    """Top-p alone, over several blocks: often the first token to arrive is not kept."""
+    for dtype, spread in ((torch.float32, 1.0), (torch.bfloat16, 0.3)):
+        logits = logits_of(8, 5003, device, dtype) * spread
+        for seed in range(2):
+            got, want = (draw(logits, i, seed=seed, offset=7, top_p=p).tokens for i in (impl, "torch"))
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("impl", "device"), every(KERNELS))
 def test_every_option_as_a_tensor(impl, device):
     B, V = 8, 517
     logits, g = logits_of(B, V, device), torch.Generator(device=device).manual_seed(1)
@@ -117,7 +128,7 @@ def test_groups_are_a_partition_in_order():
     for v in (0, 3, 4, 127, 128, 511, 512, 2047, 2048, 2499):
         x = torch.full((1, V), -torch.inf)
         x[0, v] = -3.0
-        assert reference.draw_of_all(x, torch.tensor([v]), torch.tensor([0])).tolist() == [v]
+        assert reference.draw_by_arrival(x, x > -torch.inf, torch.tensor([v]), torch.tensor([0])).tolist() == [v]
 
 
 @pytest.mark.parametrize(("impl", "device"), every(KERNELS))
@@ -189,6 +200,7 @@ STATISTICS = [
     ("peaked", {"temperature": 1.5}),
     ("heavy", {}),
     ("flat", {"top_p": 0.5}),
+    ("flat", {"top_p": 0.05}),
     ("peaked", {"top_p": 0.93}),
     ("heavy", {"min_p": 0.02}),
     ("heavy", {"top_k": 40}),

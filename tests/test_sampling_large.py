@@ -127,6 +127,29 @@ def test_a_batch_of_any_size(k, B, impl, device):
 
 
 @pytest.mark.parametrize(("impl", "device"), GPU)
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.02}, {"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 1e-3}, {"min_p": 1e-3, "top_p": 0.7}],
+    ids=str,
+)
+def test_rows_that_what_is_listed_does_not_decide(options, impl, device):
+    """Many tokens that hardly differ, in any order; +inf once and twice; a row of two values."""
+    V = 70001
+    x = normal(6, V) * 0.1
+    x[1] = x[1].sort().values
+    x[2, 60000] = float("inf")
+    x[3, [777, 40000]] = float("inf")
+    x[4] = 0.0
+    x[4, ::2] = -0.5
+    x = x.repeat(4, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        for seed in range(2):
+            got, want = both(x.to(dtype), impl, seed=seed, **options)
+            assert got.valid.all()
+            assert (got.tokens != want.tokens).sum() <= 1
+
+
+@pytest.mark.parametrize(("impl", "device"), GPU)
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_nan_and_infinity_in_any_part_of_a_row(options, impl, device):
     V = 33000

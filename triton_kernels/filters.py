@@ -11,7 +11,8 @@ resolve   one program a row: the best draw among the list that the filters let p
           before it; a refused one lowers the bound, and the next best is tried. If the bracket missed or the list ran
           over, it does the same on the whole row: slower, as exact.
 
-Rows that nothing holds back (free rows) draw by groups, in collect; resolve writes what they drew.
+Rows that neither top-k nor min-p holds back draw by groups, in collect; resolve writes what they drew, if top-p keeps it.
+Where it does not, it does as with others on the whole row, by the times of arrival.
 
 Ties break to the lowest id throughout. Masses are summed as integers, so no order of adding shows in the result.
 """
@@ -33,6 +34,7 @@ from .logits import (
     NO_TOKEN,
     PIECE,
     REACH,
+    arrivals,
     group_peaks,
     inside,
     mass,
@@ -58,10 +60,10 @@ FIRST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 BLOCK_WORDS = tl.constexpr(8)
 ROW_WORDS = tl.constexpr(16)
 # Record of a block: 0 largest, 1 mass, 2 NaN (bit 0) and any candidate (bit 1), 3 count above hi, 4-5 mass above hi,
-# 6 best draw above hi, 7 its id; for a free row collect puts the best group's score and the token chosen in it in place of
-# 0 and 1. Record of a row:
+# 6 best draw above hi, 7 its id; for a row drawn by group collect puts the best group's score and the token chosen in it in
+# place of 0 and 1. Record of a row:
 # 0 largest, 1 lo, 2 hi, 3 min-p's floor, 4 flags as a block's, 5 length of the list, 6-7 mass of the row, 8 lowest logit
-# that matters, 9 whether the row is free.
+# that matters, 9 how the row draws: 0 by token, 1 by group, 2 by group under top-p.
 
 
 @device_function
@@ -245,8 +247,8 @@ def bracket_kernel(
     tl.store(counters + record + 5, 0)
     tl.store(_longs(parts) + (start + record + 6) // 2, total)
     tl.store(words + record + 8, lowest)
-    free = (k_on == 0) & (p_on == 0) & (m <= 0.0) & (cold == 0)
-    tl.store(counters + record + 9, free.to(tl.int32))
+    by_group = (k_on == 0) & (m <= 0.0) & (cold == 0)
+    tl.store(counters + record + 9, tl.where(by_group, 1 + p_on.to(tl.int32), 0))
 
 
 @device_function
@@ -301,7 +303,7 @@ def collect_kernel(
     at = tl.zeros([GROUPS, 4], tl.int32) + V
     floor = tl.full([], float("-inf"), tl.float32)
     PIECES: tl.constexpr = 4 * GROUPS // PIECE
-    free = tl.load(counters + record + 9)
+    how = tl.load(counters + record + 9)
     score_at = tl.full([PIECES, 32], float("-inf"), tl.float32)
     group_at = tl.zeros([PIECES, 32], tl.int32) + NO_TOKEN
     reached = tl.full([], float("-inf"), tl.float32)
@@ -309,7 +311,7 @@ def collect_kernel(
         v = block * BLOCK + tile * (4 * GROUPS) + ids
         l, _, _ = scores(src, strides, num, wide, v, V, REPEAT, TEMPERED)
         if DRAW:
-            if free > 0:
+            if how > 0:
                 first = block * (BLOCK // PIECE) + tile * PIECES
                 score_at, group_at, reached = try_groups(
                     l, group_peaks(l, PIECES), score_at, group_at, reached, first, seed, draw, PIECES
@@ -317,17 +319,18 @@ def collect_kernel(
         _append(l, v, ((l >= low) & (l <= high) & (v < V)).to(tl.int32), words, counters, record, CAP)
         if DRAW:
             over = l > high
-            if (tl.max(tl.max(over.to(tl.int32), 1), 0) > 0) & (free == 0):
+            if (tl.max(tl.max(over.to(tl.int32), 1), 0) > 0) & (how != 1):
                 count += over.to(tl.int32)
                 weight += tl.where(over, tl.exp(l - peak), 0.0)
-                u = uniform4(seed, draw, (block * BLOCK) // 4 + tile * GROUPS + group)
-                hope = over & (l >= min_floor) & (may_win(l, u, floor) | (cold & (l > floor)))
-                if tl.max(tl.max(hope.to(tl.int32), 1), 0) > 0:
-                    score = tl.where(cold, l, noisy(l, u))
-                    better = hope & (score > top)
-                    top = tl.where(better, score, top)
-                    at = tl.where(better, v, at)
-                    floor = tl.max(tl.max(top, 1), 0)
+                if how == 0:
+                    u = uniform4(seed, draw, (block * BLOCK) // 4 + tile * GROUPS + group)
+                    hope = over & (l >= min_floor) & (may_win(l, u, floor) | (cold & (l > floor)))
+                    if tl.max(tl.max(hope.to(tl.int32), 1), 0) > 0:
+                        score = tl.where(cold, l, noisy(l, u))
+                        better = hope & (score > top)
+                        top = tl.where(better, score, top)
+                        at = tl.where(better, v, at)
+                        floor = tl.max(tl.max(top, 1), 0)
     if DRAW:
         best = tl.max(tl.max(top, 1), 0)
         mine = blocks * (2 * PEAKS) + block * BLOCK_WORDS
@@ -335,7 +338,7 @@ def collect_kernel(
         tl.store(_longs(parts) + (start + mine + 4) // 2, (tl.sum(tl.sum(weight, 1), 0) * MASS_ONE).to(tl.int64))
         tl.store(words + mine + 6, best)
         tl.store(counters + mine + 7, tl.min(tl.min(tl.where(top == best, at, V), 1), 0))
-        if free > 0:
+        if how > 0:
             best, first = first_best(score_at, group_at)
             if best > NO_LOGIT:
                 first = inside(first, seed, draw, src, strides, num, wide, V, REPEAT, TEMPERED)
@@ -405,16 +408,23 @@ def _before(cut, peak, n, from_list, lists, lowest, src, strides, num, b, V, REP
 
 
 @device_function
-def _best_draw(cut, min_floor, seed, draw, n, from_list, lists, lowest, src, strides, num, b, V, REPEAT: tl.constexpr,
-               TEMPERED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """(noisy logit, id, place) of the best draw among the tokens at or before place ``cut``; -inf where there is none."""
+def _best_draw(cut, min_floor, seed, draw, by_group, n, from_list, lists, lowest, src, strides, num, b, V,
+               REPEAT: tl.constexpr, TEMPERED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """(noisy logit, id, place) of the best draw among the tokens at or before place ``cut``; -inf where there is none.
+
+    ``by_group``: of the row itself, by the times of arrival.
+    """
     at = tl.arange(0, TILE)
     top = tl.full([TILE], float("-inf"), tl.float32)
     ids = tl.zeros([TILE], tl.int32) + V
     places = tl.full([TILE], LAST, tl.int64)
     for i in loop(0, n, TILE):
         l, v, place = _source(i + at, n, from_list, lists, lowest, src, strides, num, b, V, REPEAT, TEMPERED)
-        score = tl.where((place >= cut) & (l >= min_floor), noisy(l, uniform1(seed, draw, v)), NO_LOGIT)
+        if by_group:
+            score = arrivals(l, i, seed, draw, TILE)
+        else:
+            score = noisy(l, uniform1(seed, draw, v))
+        score = tl.where((place >= cut) & (l >= min_floor), score, NO_LOGIT)
         better = (score > top) | ((score == top) & (v < ids) & (score > NO_LOGIT))
         top = tl.where(better, score, top)
         ids = tl.where(better, v, ids)
@@ -448,7 +458,7 @@ def _best_above(words, counters, longs, blocks, V, BLOCKS_2: tl.constexpr):
 
 @device_function
 def _from_all(words, counters, blocks, BLOCKS_2: tl.constexpr):
-    """The token of a free row, from the records of its blocks."""
+    """The token of a row drawn by group, from the records of its blocks."""
     z = tl.arange(0, BLOCKS_2)
     best = tl.load(words + z * BLOCK_WORDS, mask=z < blocks, other=float("-inf"))
     tokens = tl.load(counters + z * BLOCK_WORDS + 1, mask=z < blocks, other=NO_TOKEN)
@@ -457,7 +467,7 @@ def _from_all(words, counters, blocks, BLOCKS_2: tl.constexpr):
 
 @device_function
 def _first_to_pass(
-    best, token, count, weight, target, cut, k, k_on, p_on, peak, min_floor, seed, draw, n,
+    best, token, count, weight, target, cut, k, k_on, p_on, peak, min_floor, seed, draw, by_group, n,
     from_list, lists, lowest, src, strides, num, b, V, REPEAT: tl.constexpr, TEMPERED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The best draw that the filters let pass: (noisy logit, id), starting from the best of those that surely do.
@@ -468,7 +478,7 @@ def _first_to_pass(
     turn = tl.full([], 0, tl.int32)
     while turn < V:
         score, drawn, place = _best_draw(
-            cut, min_floor, seed, draw, n, from_list, lists, lowest, src, strides, num, b, V, REPEAT, TEMPERED, TILE
+            cut, min_floor, seed, draw, by_group, n, from_list, lists, lowest, src, strides, num, b, V, REPEAT, TEMPERED, TILE
         )
         turn += 1
         if (score > best) | ((score == best) & (score > NO_LOGIT) & (drawn < token)):
@@ -522,6 +532,8 @@ def resolve_kernel(
     flags = tl.load(counters + record + 4)
     n = tl.load(counters + record + 5)
     lowest = tl.load(words + record + 8)
+    how = tl.load(counters + record + 9)
+    drawn = _from_all(words + records, counters + records, blocks, BLOCKS_2)
     lists = (words + record + ROW_WORDS, counters + record + ROW_WORDS + CAP)
 
     if (flags == 2) & (k_on | p_on) & (num[5] == 0):
@@ -547,12 +559,29 @@ def resolve_kernel(
             cut = _kth(k - count, above, n, from_list, lists, lowest, src, strides, num, wide, V, REPEAT, TEMPERED, TILE)
             _, kept = _before(cut - 1, peak, n, from_list, lists, lowest, src, strides, num, wide, V, REPEAT, TEMPERED, TILE)
             target = (p.to(tl.float64) * (weight + kept).to(tl.float64)).to(tl.int64)
-        best, token = _first_to_pass(
-            best, token, count, weight, target, cut, k, k_on, p_on, peak, min_floor, seed, draw, n,
-            from_list, lists, lowest, src, strides, num, wide, V, REPEAT, TEMPERED, TILE,
-        )  # fmt: skip
-    elif tl.load(counters + record + 9) > 0:
-        token = _from_all(words + blocks * (2 * PEAKS), counters + blocks * (2 * PEAKS), blocks, BLOCKS_2)
+        if how == 2:
+            # The first of all to arrive is drawn where top-p keeps it.
+            token = drawn
+            logit, _, _ = scores(src, strides, num, wide, token + tl.arange(0, 1), V, REPEAT, TEMPERED)
+            place = tl.max(_place(logit, token), 0)
+            more, heavier = _before(
+                place, peak, n, from_list, lists, lowest, src, strides, num, wide, V, REPEAT, TEMPERED, TILE
+            )
+            surely = from_list & (tl.max(logit, 0) > tl.load(words + record + 2))
+            passes = surely | (count + more == 0) | (weight + heavier < target)
+            best = tl.where(passes, 0.0, float("-inf"))
+            cut = place + 1
+            n = V
+            from_list = from_list & False
+            count = count * 0
+            weight = weight * 0
+        if (how != 2) | (best == NO_LOGIT):
+            best, token = _first_to_pass(
+                best, token, count, weight, target, cut, k, k_on, p_on, peak, min_floor, seed, draw, how == 2, n,
+                from_list, lists, lowest, src, strides, num, wide, V, REPEAT, TEMPERED, TILE,
+            )  # fmt: skip
+    elif how > 0:
+        token = drawn
         best = tl.full([], 0.0, tl.float32)
     good = flags == 2
     tl.store(tokens + b, tl.where(good & (best > NO_LOGIT), token, 0).to(tl.int64))
@@ -654,7 +683,7 @@ def bind(
     if exact_k:
         last = launcher(pick_kernel, shape.B, (shape.V, shape.logits_b, columns, 1024), 8)
     else:
-        last = launcher(resolve_kernel, shape.B, (offset, *scalars, top_k, top_p, *flags, blocks_2, 1024), 8)
+        last = launcher(resolve_kernel, shape.B, (offset, *scalars, top_k, top_p, *flags, blocks_2, 1024), 16)
     return Bound(stats, bracket, collect, last, part_bytes(shape.B, shape.V))
 
 
@@ -700,7 +729,7 @@ def _specimens() -> list[Specimen]:
             (stats_kernel, row | {"TURNS": 1 if row["REPEAT"] else 4, "STAGES": 1}, 4),
             (bracket_kernel, {"BLOCKS_2": blocks_2, "EXACT": False}, 16),
             (collect_kernel, row | {"DRAW": True, "GROUPS": 256, "STAGES": 1}, 4),
-            (resolve_kernel, row | {"BLOCKS_2": blocks_2, "TILE": 1024}, 8),
+            (resolve_kernel, row | {"BLOCKS_2": blocks_2, "TILE": 1024}, 16),
         ):
             if fn is not bracket_kernel or name != "penalties":
                 found.append(specimen(f"{fn.__name__}-{name}", fn, dtype, options, consts | sizes, warps))

@@ -188,11 +188,39 @@ def inside(group, seed, offset, src, strides, num, b, V, REPEAT: tl.constexpr, T
 
 
 @device_function
-def noisy(l, u):
-    """l - log(E), E = -log(1 - u) exponential; a series keeps small E exact, where the winners are."""
+def exponential(u):
+    """E = -log(1 - u); a series keeps small E exact, where the winners are."""
     series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * (0.25 + tl.div_rn(u, 5.0)))))
-    e = tl.where(u < 0.02, series, -tl.log(1.0 - u))
-    return l - tl.log(e)
+    return tl.where(u < 0.02, series, -tl.log(1.0 - u))
+
+
+@device_function
+def noisy(l, u):
+    return l - tl.log(exponential(u))
+
+
+@device_function
+def arrivals(l, first, seed, offset, N: tl.constexpr):
+    """Minus the logarithm of when N tokens arrive, from id ``first`` on: see draw_by_arrival in attnkit/reference.py."""
+    PIECES: tl.constexpr = N // PIECE
+    four = tl.reshape(l, [PIECES, 4, 32, 4])
+    peaks = tl.max(tl.max(four, 3), 1)
+    base = tl.where(peaks > NO_LOGIT, peaks, 0.0)[:, None, :, None]
+    mass = tl.exp(four - base)
+    chunks = tl.sum(mass, 3)
+    to = tl.cumsum(mass, 3) + (tl.cumsum(chunks, 1) - chunks)[:, :, :, None]
+    total = tl.sum(chunks, 1)
+    group = group_numbers(first // PIECE, PIECES)
+    reach = (_uniform_of(seed, offset, group, 2, 0) * total)[:, None, :, None]
+    at = tl.arange(0, 4)[None, :, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
+    here = four > NO_LOGIT
+    chosen = tl.min(tl.min(tl.where(here & (to > reach), at, 16), 3), 1)
+    chosen = tl.minimum(chosen, tl.max(tl.max(tl.where(here, at, 0), 3), 1))
+    time = exponential(group_uniform(seed, offset, group)) / total
+    own = tl.reshape(uniform4(seed, offset, first // 4 + tl.arange(0, N // 4)), [PIECES, 4, 32, 4])
+    wait = tl.where(at == chosen[:, None, :, None], 0.0, exponential(own) / mass)
+    score = tl.where(here, base - tl.log(time[:, None, :, None] + wait), NO_LOGIT)
+    return tl.reshape(score, [N])
 
 
 @device_function

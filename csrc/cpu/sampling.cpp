@@ -20,20 +20,31 @@ namespace attnkit::cpu {
 
 const SampleOps sample_scalar = scalar::kOps;
 
-float gumbel_noise(uint32_t x) {
-  const float u = std::min((static_cast<float>(x) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f);
-  if (u < 0.02f) {  // -log(1 - u) as a series: small E keeps all its bits
-    const float series = u * (1.0f + u * (0.5f + u * (1.0f / 3.0f + u * (0.25f + u / 5.0f))));
-    return -std::log(series);
-  }
-  return -std::log(-std::log(1.0f - u));
+namespace {
+
+float uniform(uint32_t x) { return std::min((static_cast<float>(x) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f); }
+
+// E ~ Exp(1), never fused.
+float exponential(uint32_t x) {
+  const float u = uniform(x);
+  // -log(1 - u) as a series: small E keeps all its bits
+  if (u < 0.02f) return u * (1.0f + u * (0.5f + u * (1.0f / 3.0f + u * (0.25f + u / 5.0f))));
+  return -std::log(1.0f - u);
 }
+
+}  // namespace
+
+float gumbel_noise(uint32_t x) { return -std::log(exponential(x)); }
 
 float logarithm(float x) { return std::log(x); }
 
 namespace {
 
-uint32_t philox_word(uint32_t counter, Noise noise, Words words) {
+struct FourWords {
+  uint32_t x[4];
+};
+
+FourWords philox_words(uint32_t counter, Noise noise, Words words) {
   uint32_t k0 = static_cast<uint32_t>(noise.seed), k1 = static_cast<uint32_t>(noise.seed >> 32);
   uint32_t c0 = counter, c1 = static_cast<uint32_t>(noise.offset), c2 = static_cast<uint32_t>(noise.offset >> 32), c3 = words;
   for (int round = 0; round < 10; ++round) {
@@ -44,8 +55,12 @@ uint32_t philox_word(uint32_t counter, Noise noise, Words words) {
     c3 = static_cast<uint32_t>(a);
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  return c0;
+  return {{c0, c1, c2, c3}};
 }
+
+// The first id of a group, and the distance of its number i from that.
+int64_t first_of_group(int64_t group) { return group / 32 * kPiece + group % 32 * 4; }
+int64_t place_in_group(int i) { return i / 4 * (kPiece / 4) + i % 4; }
 
 constexpr float kLowest = -std::numeric_limits<float>::max();
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
@@ -241,16 +256,50 @@ class Row {
     ops_->groups(l, full, at, noise_, &best_, inside_);
   }
 
-  // The choice inside the best group, whose logits are `inside_`.
+  // Which of a group's 16 logits the choice falls on; ``mass``: their exp(x - top).
+  int choose_inside(const float* logits, float top, int64_t group, double mass[16]) const {
+    double to[16], sum = 0.0;
+    for (int i = 0; i < 16; ++i) to[i] = sum += mass[i] = std::exp(static_cast<double>(logits[i]) - static_cast<double>(top));
+    const double reach = static_cast<double>(uniform(philox_words(static_cast<uint32_t>(group), noise_, kInside).x[0])) * sum;
+    return static_cast<int>(std::upper_bound(to, to + 15, reach) - to);
+  }
+
+  // The token of the best group, whose logits are `inside_`.
   int64_t token_of_group() const {
-    const int64_t group = best_.id;
-    const float top = *std::max_element(inside_, inside_ + 16);
-    double mass[16], sum = 0.0;
-    for (int i = 0; i < 16; ++i) mass[i] = sum += std::exp(static_cast<double>(inside_[i]) - static_cast<double>(top));
-    const float word = static_cast<float>(philox_word(static_cast<uint32_t>(group), noise_, kInside));
-    const double reach = static_cast<double>(std::min((word + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f)) * sum;
-    const int64_t i = std::upper_bound(mass, mass + 15, reach) - mass;
-    return group / 32 * kPiece + i / 4 * (kPiece / 4) + group % 32 * 4 + i % 4;
+    double mass[16];
+    const int i = choose_inside(inside_, *std::max_element(inside_, inside_ + 16), best_.id, mass);
+    return first_of_group(best_.id) + place_in_group(i);
+  }
+
+  // The first token to arrive of those whose keys are below `limit`: see draw_by_arrival in attnkit/reference.py. Mostly the
+  // token of the best group, which is the first of all.
+  void arrive(float top, uint64_t limit) {
+    if (best_.id < 0) return;
+    best_.id = token_of_group();
+    if (key_of(row_[best_.id], static_cast<int32_t>(best_.id)) < limit) return;
+    float best = kMinusInf;
+    for (int64_t group = 0; group < (c_->V + kBlock - 1) / kBlock * (kBlock / 16); ++group) {
+      float x[16];
+      for (int i = 0; i < 16; ++i) x[i] = row_[first_of_group(group) + place_in_group(i)];
+      if (*std::max_element(x, x + 16) == kMinusInf) continue;
+      double mass[16], sum = 0.0;
+      const int first = choose_inside(x, top, group, mass);
+      for (const double one : mass) sum += one;
+      const FourWords words = philox_words(static_cast<uint32_t>(group / 128 * 32 + group % 32), noise_, kOfGroups);
+      const double time = exponential(words.x[group / 32 % 4]) / sum;
+      if (!(static_cast<float>(top - std::log(time)) > best)) continue;
+      double earliest = std::numeric_limits<double>::infinity();
+      int64_t token = 0;
+      for (int i = 0; i < 16; ++i) {
+        const int64_t id = first_of_group(group) + place_in_group(i);
+        if (x[i] == kMinusInf || key_of(x[i], static_cast<int32_t>(id)) >= limit) continue;
+        const FourWords own = philox_words(static_cast<uint32_t>(id / 4), noise_, kOfTokens);
+        const double at = i == first ? time : time + exponential(own.x[id % 4]) / mass[i];
+        if (at < earliest) earliest = at, token = id;
+      }
+      const float score = static_cast<float>(top - std::log(earliest));
+      if (score > best) best = score, best_.id = token;
+    }
   }
 
   void among_k() {
@@ -273,13 +322,28 @@ class Row {
       kept = std::max<int64_t>(1, nucleus(masses_, 0.0, total * static_cast<double>(p_)));
       if (kept == 1) std::nth_element(masses_.begin(), masses_.begin(), masses_.end(), first_);
     }
-    draw(kept, top + std::log(min_p_));
+    if (by_arrival())
+      arrive(top, end_of(kept));
+    else
+      draw(kept, top + std::log(min_p_));
   }
 
   void fill_masses(const std::vector<uint64_t>& keys, float top) {
     masses_.clear();
     for (const uint64_t key : keys)
       masses_.push_back({key, p_ < 1.0f ? std::exp(static_cast<double>(logit_of(key)) - static_cast<double>(top)) : 0.0});
+  }
+
+  // Whether the row's tokens draw as they arrive: neither top-k nor min-p holds them back.
+  bool by_arrival() const { return k_ == 0 && min_p_ <= 0.0f; }
+
+  // Larger than the keys of the first `kept` of the masses, and not than those of the others.
+  uint64_t end_of(int64_t kept) const {
+    uint64_t end = kept > 0 ? 0 : ~uint64_t{0};
+    if (kept == 0)
+      for (const Mass& m : masses_) end = std::min(end, m.key);
+    for (int64_t i = 0; i < kept; ++i) end = std::max(end, masses_[i].key + 1);
+    return end;
   }
 
   // The noise over the first `kept` of the masses, those at least `low`.
@@ -296,10 +360,13 @@ class Row {
 
   // top-p or min-p over the whole vocabulary: the first pass finds the top, the others run from the cache.
   void in_two_passes() {
-    const int64_t full = (c_->V + kPad - 1) / kPad * kPad;
-    if (static_cast<int64_t>(row_.size()) < full) row_.resize(full);
+    const int64_t full = (c_->V + kPad - 1) / kPad * kPad, blocks = (c_->V + kBlock - 1) / kBlock * kBlock;
+    if (static_cast<int64_t>(row_.size()) < blocks) row_.resize(blocks);
     float top = kMinusInf;
-    stream(t_, row_.data(), [&](const float* block, int64_t, int64_t n) { top = std::max(top, ops_->top(block, n)); });
+    stream(t_, row_.data(), [&](float* block, int64_t at, int64_t n) {
+      top = std::max(top, ops_->top(block, n));
+      if (by_arrival()) try_groups(block, n, at);
+    });
     if (nan_ || top == kMinusInf) return;
     const float low = std::max(kLowest, top + std::log(min_p_));
     if (p_ >= 1.0f) {
@@ -321,6 +388,7 @@ class Row {
     while (bin < kBins - 1 && before + bins[bin] < target) before += bins[bin++];
     split(top, bin);
     const int64_t kept = std::max<int64_t>(bin == 0, nucleus(masses_, before, target));
+    if (by_arrival()) return arrive(top, end_of(kept));
     if (kept == 1) std::nth_element(masses_.begin(), masses_.begin(), masses_.end(), first_);
     draw(kept, low);
     // Bins before this one are kept whole.

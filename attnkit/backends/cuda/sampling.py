@@ -1,5 +1,5 @@
-"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch without filters; two for a short top-k and for
-other filters, three where tensors leave open which. One more for log-probabilities."""
+"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but two for a short top-k, and three where a
+tensor leaves open which rows have one. One more for log-probabilities."""
 
 from __future__ import annotations
 
@@ -33,10 +33,6 @@ PARAMS = launch.Fields(
 KINDS = {torch.float32: builds.F32, torch.bfloat16: builds.BF16, torch.float16: builds.F16}
 
 
-#: Which rows the filter kernel takes (SampleParams::listed): all, those without a short top-k, those that lists do not decide.
-_LISTED: dict[tuple[str, ...], int] = {("short", "rest"): 1, ("cut", "rest"): 2}
-
-
 def _supports(sig: SampleSig) -> str | None:
     if sig.device.type != "cuda" or arch.of(sig.device).sm != 90:
         return f"needs an sm_90 device, got {sig.device}"
@@ -52,7 +48,7 @@ def _supports(sig: SampleSig) -> str | None:
 
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
-    """Who draws: "all" tokens, a "short" top-k, a "cut" by lists, the "rest" of the filters. Each row is drawn by one."""
+    """Who draws: "all" tokens, a "short" top-k, a "cut" of many rows, the "rest" of the filters. Each row is drawn by one."""
     if not filtered(sig):
         return ("all",)
     k = sig.top_k
@@ -60,7 +56,7 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
         return ("short",)
     if k is None:
         return ("short", "rest")
-    return ("cut", "rest") if not 0 < k < sig.V and sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
+    return ("cut",) if not 0 < k < sig.V and sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
 
 
 def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
@@ -93,7 +89,7 @@ def _values(sig: SampleSig, strides: dict[str, int]) -> dict[str, Any]:
     return {
         "logits_b": sig.logits_stride[0] * sig.dtype.itemsize, "offset_value": int(number("offset", 0)),
         "top_k_value": int(number("top_k", 0)), "B": sig.B, "V": sig.V, "blocks": -(-sig.V // builds.BLOCK),
-        "listed": _LISTED.get(_ways(sig), 0), "room": builds.CUT_ROOM,
+        "listed": int(_ways(sig) == ("short", "rest")), "room": builds.CUT_ROOM,
         "temperature_value": number("temperature", 1.0), "top_p_value": number("top_p", 1.0),
         "min_p_value": number("min_p", 0.0), "repetition_value": number("repetition_penalty", 1.0),
         "presence_value": number("presence_penalty", 0.0), "frequency_value": number("frequency_penalty", 0.0),
@@ -126,7 +122,7 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
     state["index"] = launch.index_of(sig.device)
     state["scratch"] = {}
     state["counters"] = 4 * sig.B if "all" in ways else 0
-    state["partial_bytes"] = builds.peak_bytes(sig.B, sig.V) if "short" in ways else 4 * sig.B
+    state["partial_bytes"] = builds.peak_bytes(sig.B, sig.V) if "short" in ways else 0
     made = []
     for way in ways:
         variants = _variants(sig, way, penalised)
@@ -139,7 +135,7 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
             )  # fmt: skip
         elif way == "cut":
             size = builds.parts(sig.B, sig.V, arch.of(sig.device).sms, sig.top_p != 1.0)
-            shared = builds.CUT_BYTES + 8 * builds.CUT_ROOM
+            shared = builds.CUT_BYTES + 8 * builds.THREADS * builds.CUT_ROOM
             name, grid = "attnkit_sample_cut", sig.B * size
             made.append(_made(sig, variants[0], name, grid, values, pointers, cluster=size, shared=shared))
         else:
@@ -171,14 +167,13 @@ def _launch(
     if "draw" not in state:
         _prepare(plan, options)
     stream = launch.stream_of(state["index"])
-    pointers = [logits.data_ptr(), seeds.data_ptr(), tokens.data_ptr(), valid.data_ptr()]
-    pointers += [options[name].data_ptr() for name in state["options"]]
     partials, counters = launch.scratch(plan, stream)
-    pointers.append(counters if state["counters"] else partials)
+    given = (options[name] for name in state["options"])
+    pointers = (logits, seeds, tokens, valid, *given, counters if state["counters"] else partials)
     for made in state["draw"]:
         made(stream, *pointers)
     if logprobs is not None:
-        state["logprobs"](stream, pointers[0], pointers[2], logprobs.data_ptr(), launch.pointer(top_ids))
+        state["logprobs"](stream, logits, tokens, logprobs, top_ids)
 
 
 SAMPLE = Kernel("cuda_sm90", "cuda", _supports, _launch, sampling_cuda.CUDA)

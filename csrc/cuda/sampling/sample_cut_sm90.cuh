@@ -1,13 +1,12 @@
 // Top-p and min-p without top-k: one read of the logits by a cluster a row. While they stream by, each CTA lists the tokens that
-// may be kept, in its shared memory (sample_share_sm90.cuh); from the lists the token is chosen (sample_choose_sm90.cuh). Rows that
-// the lists do not decide, flat ones mostly, are marked and left to the filter kernel (sample_filter_sm90.cuh), which follows. Top-k
-// is understood too, but short top-k has kernels of its own (sample_topk_sm90.cuh), and greedy rows are all of it that comes.
+// may be kept and the groups that arrive early, in its shared memory (sample_share_sm90.cuh); from those the token is chosen
+// (sample_choose_sm90.cuh).
 #pragma once
 #include "sample_choose_sm90.cuh"
 
 namespace attnkit::sampling {
 
-// A row that nothing holds back, from the best of its CTAs' groups.
+// A row that nothing holds back, or a greedy one, from the best of its CTAs.
 template <int Type, bool Penalised>
 ATTNKIT_DEVICE void draw_plainly(const SampleParams& p, CutShared& s, const Share& h, const RowOptions& o, const Best& mine) {
   const u64 own = warp_max(mine.packed());
@@ -22,22 +21,21 @@ ATTNKIT_DEVICE void draw_plainly(const SampleParams& p, CutShared& s, const Shar
   if (h.rank != 0 || threadIdx.x >= 32) return;
   for (int i = 0; i < h.size; ++i) best = max(best, s.bests[i]);
   const bool good = best != 0 && best != kNaNSeen;
-  int token = 0;
-  if (good) {
+  int token = good ? best_id(best) : 0;
+  if (good && !o.cold) {
     float x[4], chosen;
-    token = best_id(best);
     load_chunk<Type, Penalised>(x, row_pointers<Type>(p, h.b), o, first_of_group(token) + static_cast<int>(lane_id() & 3) * kChunk, p.V);
     token = choose_inside(x, token, h.seed, h.offset, o, chosen);
   }
-  if (lane_id() == 0) p.tokens[h.b] = token, p.valid[h.b] = good, p.state[h.b] = 0;
+  if (lane_id() == 0) p.tokens[h.b] = token, p.valid[h.b] = good;
 }
 
-// Values that stand for a warp's first block, its largest peak and the smallest (see Listing::find_bound).
+// Two tokens of each of a lane's groups in a warp's first block, its largest peak and the smallest (see Listing::find_bound).
 template <int Type, bool Penalised>
 ATTNKIT_DEVICE void stand_for(const SampleParams& p, const Spot<Type>& spot, bool some, const Raw<Type> (&raw)[Penalised ? 1 : 4][4],
-                              const RowPointers& r, const RowOptions& o, bool peaks, float (&v)[8], float& most, float& least) {
+                              const RowPointers& r, const RowOptions& o, float (&v)[8], float& most, float& least) {
   constexpr int kHeldType = Penalised ? kF32 : Type;
-  most = negative_infinity();
+  most = negative_infinity(), least = -negative_infinity();
 #pragma unroll
   for (int u = 0; u < 8; ++u) v[u] = negative_infinity();
   if (!Penalised && spot.whole) {
@@ -47,9 +45,8 @@ ATTNKIT_DEVICE void stand_for(const SampleParams& p, const Spot<Type>& spot, boo
       float x[4], y[4];
       widen_four<Type>(four[0], x);
       widen_four<Type>(four[2], y);
+      v[u] = x[0], v[4 + u] = y[0];
       const float peak = peak_of<Type>(four);
-      v[u] = peaks ? peak : x[0];
-      if (!peaks) v[4 + u] = y[0];
       most = fmaxf(most, peak);
       if (peak > negative_infinity()) least = fminf(least, peak);
     }
@@ -57,14 +54,13 @@ ATTNKIT_DEVICE void stand_for(const SampleParams& p, const Spot<Type>& spot, boo
     // The first piece alone.
     Raw<kHeldType> held[4];
     load_piece<Type, Penalised>(held, r, o, spot.v + static_cast<int>(lane_id()) * 4, p.V);
-    const float peak = peak_of<kHeldType>(held);
-    if (peaks) v[0] = peak;
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       float x[4];
       widen_four<kHeldType>(held[u], x);
-      if (!peaks) v[u] = x[0], v[4 + u] = x[2];
+      v[u] = x[0], v[4 + u] = x[2];
     }
+    const float peak = peak_of<kHeldType>(held);
     most = fmaxf(most, peak);
     if (peak > negative_infinity()) least = peak;
   }
@@ -81,17 +77,12 @@ ATTNKIT_DEVICE void sample_cut(const SampleParams& p) {
   const int warp = static_cast<int>(threadIdx.x / 32), warps = h.size * kSampleWarps, mine = h.rank * kSampleWarps + warp;
   h.first = p.blocks * (h.rank * kSampleWarps) / warps, h.last = p.blocks * ((h.rank + 1) * kSampleWarps) / warps;
   h.from = p.blocks * mine / warps, h.end = p.blocks * (mine + 1) / warps;
-  reinterpret_cast<uint4*>(s.bins)[threadIdx.x] = make_uint4(0, 0, 0, 0);
   s.guess[threadIdx.x] = 0;
-  if (threadIdx.x == 0) {
-    s.n = s.n_near = 0;
-    s.reached = 0;
-    s.pick = Pick{kBins, 0, 0};
-  }
+  if (threadIdx.x < 3 * kProbes) s.above[0][threadIdx.x] = 0;
+  if (threadIdx.x == 0) s.n_early = s.n_arrivals = 0, s.reached = 0, s.mass = 0.0f;
   wait_for_previous_grid();
   launch_dependents();
   const RawOptions options(p, h.b);
-  const i64 k = option(p.top_k, p.top_k_value, h.b);
   h.top_p = option(p.top_p, p.top_p_value, h.b);
   h.min_p = option(p.min_p, p.min_p_value, h.b);
   const int all = h.b * p.blocks, end = all + h.end;
@@ -103,11 +94,9 @@ ATTNKIT_DEVICE void sample_cut(const SampleParams& p) {
   }
   const RowOptions o = options.use();
   const RowPointers r = row_pointers<Type>(p, h.b);
-  h.k = k > 0 && k < p.V ? static_cast<u32>(k) : 0;
   h.seed = static_cast<u64>(options.seed), h.offset = static_cast<u64>(options.offset);
-  if (o.cold) h.k = 1, h.top_p = 1.0f, h.min_p = 0.0f;
   h.log_min_p = h.min_p > 0.0f ? logf(h.min_p) : negative_infinity();
-  if (h.plain()) {
+  if (h.plain() || o.cold) {
     __syncthreads();
     Drawing drawing(s, h, o);
     stream_share<Type, Penalised>(p, drawing, spot, end, raw, r, o);
@@ -116,18 +105,18 @@ ATTNKIT_DEVICE void sample_cut(const SampleParams& p) {
   }
   float2* const list = reinterpret_cast<float2*>(memory + sizeof(CutShared));
   Listing<Type, Penalised> listing(p, s, list, h, o);
-  float v[8], most, least = -negative_infinity();
-  stand_for<Type, Penalised>(p, spot, h.from < h.end, raw, r, o, listing.short_k(), v, most, least);
+  float v[8], most, least;
+  stand_for<Type, Penalised>(p, spot, h.from < h.end, raw, r, o, v, most, least);
   __syncthreads();
   listing.find_bound(v, most, least);
-  if (!listing.hopeless) stream_share<Type, Penalised>(p, listing, spot, end, raw, r, o);
+  stream_share<Type, Penalised>(p, listing, spot, end, raw, r, o);
   CutRow<Type, Penalised> row{p, s, list, h, o};
   row.meet(listing);
-  if (!row.full && (row.nan || !(row.most > negative_infinity()))) {
+  if (row.nan || !(row.most > negative_infinity())) {
     row.write(0, false);
     return;
   }
-  if (row.choose() == kUndecided && h.rank == 0 && threadIdx.x == 0) p.state[h.b] = 1;
+  row.choose();
 }
 
 }  // namespace attnkit::sampling

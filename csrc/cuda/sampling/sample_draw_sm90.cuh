@@ -7,6 +7,7 @@ namespace attnkit::sampling {
 
 template <int Type, bool Penalised, bool Greedy>
 struct DrawWork {
+  static constexpr bool kAhead = false;
   const SampleParams& p;
   const u64* const reached;
   RawOptions coming;
@@ -31,9 +32,6 @@ struct DrawWork {
   }
   ATTNKIT_DEVICE void block(int n) {
     if (!cold()) philox_words(seed, offset, kOfGroups, static_cast<u32>(n) * 32 + lane_id(), w);
-  }
-  ATTNKIT_DEVICE void load(Raw<Penalised ? kF32 : Type> (&held)[4], const RowPointers& r, int v) const {
-    load_piece<Type, Penalised>(held, r, o, v, p.V);
   }
   template <int Held>
   ATTNKIT_DEVICE void piece(const Raw<Held> (&raw)[4], int number, int place) {

@@ -1,5 +1,5 @@
 // top-k, top-p and min-p: a cluster holds a row in its shared memory, so the logits are read from memory once.
-// Rows of a short top-k go to sample_topk_sm90.cuh, most of top-p and min-p to sample_cut_sm90.cuh; sample_list_sm90.cuh lists
+// Rows of a short top-k go to sample_topk_sm90.cuh, top-p and min-p of many rows to sample_cut_sm90.cuh; sample_list_sm90.cuh lists
 // few tokens for log-probabilities.
 //
 // No cut is looked for: a draw from all tokens is checked by counting and weighing what precedes it. Where a filter
@@ -72,13 +72,6 @@ ATTNKIT_DEVICE u32 load_remote(u32 from) {
   asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
   return x;
 }
-
-// A place in the order: tokens before it have a larger logit, or the same and a lower id.
-struct Place {
-  float logit;
-  int id;
-  ATTNKIT_DEVICE bool after(float l, int v) const { return l > logit || (l == logit && v < id); }
-};
 
 template <int Type, bool Penalised>
 struct FilterRow {
@@ -195,10 +188,10 @@ struct FilterRow {
     turn ^= 1;
   }
 
-  ATTNKIT_DEVICE uint4 record_of(const Draw& draw) const {
-    const u64 mine = draw.packed(), best = warp_max(mine);
-    const u32 holder = __ffs(__ballot_sync(0xffffffffu, mine == best)) - 1;
-    const float raw = __shfl_sync(0xffffffffu, draw.raw, holder);
+  // ``mine``: of each lane, and its token's logit before temperature.
+  ATTNKIT_DEVICE uint4 record_of(u64 mine, float raw) const {
+    const u64 best = warp_max(mine);
+    raw = __shfl_sync(0xffffffffu, raw, __ffs(__ballot_sync(0xffffffffu, mine == best)) - 1);
     return make_uint4(high_word(best), static_cast<u32>(best), __float_as_uint(raw), best_id(best));
   }
 
@@ -359,7 +352,35 @@ struct FilterRow {
       philox.words(static_cast<u32>(v) >> 2, w);
       draw.four(y, w, v, [&](float z) { return warm(z, o); });
     });
-    return record_of(draw);
+    return record_of(draw.packed(), draw.raw);
+  }
+
+  // As draw_before, where top-p alone holds back; ``attempt`` counts from 1.
+  ATTNKIT_DEVICE uint4 arrive_before(const Place& end, int attempt) const {
+    Earliest mine;
+    Floor floor(&s.reached_by_groups, attempt);
+    const float scale = o.rt * kLog2e;
+#pragma unroll 1
+    for (int at = warp; at < 2 * count; at += kSampleWarps) {
+      const int number = (rank + at / 2 * size) * 2 + at % 2, group = number * 32 + lane;
+      Raw<kHeldType> raw[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) raw[c] = held_chunk(at, c, lane);
+      u32 w[4];
+      philox_words(seed, offset, kOfGroups, static_cast<u32>(number / 4 * 32 + lane), w);
+      const u32 word = number & 2 ? (number & 1 ? w[3] : w[2]) : (number & 1 ? w[1] : w[0]);
+      const float peak = fminf(peak_of<kHeldType>(raw), kF32Max);
+      floor.refresh();
+      const bool hope = peak > negative_infinity() && !(Draw::one_and(word) > 1.0f + exp2_fast(__fmaf_rn(peak, scale, floor.shift)));
+      if (!__any_sync(0xffffffffu, hope)) continue;
+      if (hope) {
+        const auto chunk = [&](int c, float(&x)[4]) { widen_four<kHeldType>(held_chunk(at, c, lane), x); };
+        try_arrivals(mine, chunk, peak, group, word, seed, offset, o, end);
+      }
+      __syncwarp();
+      floor.raise(mine.best);
+    }
+    return record_of(mine.best > negative_infinity() ? pack_best(mine.best, mine.id) : 0, mine.raw);
   }
 
   // How many tokens precede ``at`` (``raw`` before temperature), their mass, and the mass of all before ``end``.
@@ -422,14 +443,15 @@ struct FilterRow {
 
   // Tries the best draw, then the best of those before it, and so on. ``best`` is the first, if it is known.
   ATTNKIT_DEVICE void draw_and_check(u64 best, float raw, u32 k, float share, float least, const Philox& philox) {
-    const bool by_count = k != 0, by_mass = share < 1.0f;
+    const bool by_count = k != 0, by_mass = share < 1.0f, by_arrival = !by_count && ratio <= 0.0f;
+    int attempt = 0;
     Place end{negative_infinity(), 0};
     if (by_count && by_mass) end = after_first(k);
     Place cut = end;
     float whole = -1.0f;
     while (true) {
       if (best == 0) {
-        tell(draw_before(cut, least, philox));
+        tell(by_arrival ? arrive_before(cut, ++attempt) : draw_before(cut, least, philox));
         cluster_sync();
         best = hear_best(raw);
         if (best == 0) break;
@@ -485,14 +507,9 @@ ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
   // Rows that the grid before takes are passed over while that one runs: it started when all before it had ended, so a
   // row's options are there. One CTA stays to its end, so that this grid's end is the end of both.
-  if (p.listed == 1 && listed_k(p, static_cast<int>(blockIdx.x / cluster_size())) != 0) {
+  if (p.listed != 0 && listed_k(p, static_cast<int>(blockIdx.x / cluster_size())) != 0) {
     if (blockIdx.x == 0) wait_for_previous_grid();
     return;
-  }
-  // Rows that the lists have decided.
-  if (p.listed == 2) {
-    wait_for_previous_grid();
-    if (p.state[blockIdx.x / cluster_size()] == 0) return;
   }
   auto row = begin_row<Type, Penalised>(p, memory);
   const RowPointers pointers = row_pointers<Type>(p, row.b);
@@ -503,7 +520,7 @@ ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
   // Where the first draw can be made from all tokens it is made as they are read.
   const bool early = !row.o.cold && ratio <= 0.0f && (k == 0 || share >= 1.0f);
   float peak = negative_infinity();
-  if (early && k == 0 && share >= 1.0f) {
+  if (early && k == 0) {
     Best best;
     Floor floor(&row.s.reached_by_groups, 0);
 #pragma unroll 1
@@ -527,7 +544,7 @@ ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
       });
     }
     cluster_wait();
-    row.tell(row.record_of(draw));
+    row.tell(row.record_of(draw.packed(), draw.raw));
   } else {
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {

@@ -120,6 +120,11 @@ ATTNKIT_DEVICE void try_group(Best& best, Floor& floor, const Raw<Type> (&raw)[4
   floor.raise(best.best);
 }
 
+// The share of a group's sum that names its token. Rounding must not make it the whole sum, which no token exceeds.
+ATTNKIT_DEVICE float share_of(u32 word, float all) {
+  return fminf(__fmul_rn(uniform(word), all), __uint_as_float(__float_as_uint(all) - 1));
+}
+
 // The token of a group, from its logits: lane c holds chunk c % 4's. One warp; ``x``: the token's logit.
 ATTNKIT_DEVICE int choose_inside(float (&four)[4], int group, u64 seed, u64 offset, const RowOptions& o, float& x) {
   const int chunk = static_cast<int>(lane_id()) & 3;
@@ -139,8 +144,7 @@ ATTNKIT_DEVICE int choose_inside(float (&four)[4], int group, u64 seed, u64 offs
   }
   u32 w[4];
   philox_words(seed, offset, kInside, static_cast<u32>(group), w);
-  // Rounding must not make it the whole sum, which no token exceeds.
-  const float reach = fminf(__fmul_rn(uniform(w[0]), all), __uint_as_float(__float_as_uint(all) - 1));
+  const float reach = share_of(w[0], all);
   int at = 4;
 #pragma unroll
   for (int i = 3; i >= 0; --i) at = __fadd_rn(before, to[i]) > reach ? i : at;
@@ -149,6 +153,62 @@ ATTNKIT_DEVICE int choose_inside(float (&four)[4], int group, u64 seed, u64 offs
   x = __shfl_sync(0xffffffffu, x, holder & 31);
   at = __shfl_sync(0xffffffffu, at, holder & 31);
   return first_of_group(group) + static_cast<int>(holder & 3) * kChunk + (at & 3);
+}
+
+// A place in the order: tokens before it have a larger logit, or the same and a lower id.
+struct Place {
+  float logit;
+  int id;
+  ATTNKIT_DEVICE bool after(float l, int v) const { return l > logit || (l == logit && v < id); }
+};
+
+// The earliest token so far: minus the logarithm of its time, its logit before temperature.
+struct Earliest {
+  float best = negative_infinity(), raw = 0.0f;
+  int id = 0;
+};
+
+// A lane's group: the first of its tokens before ``end`` to arrive. See draw_by_arrival in attnkit/reference.py. ``chunk(c, x)``
+// gives four of its logits, ``base`` is the largest. In loops, rolled up: this runs seldom.
+template <class Chunk>
+ATTNKIT_DEVICE void try_arrivals(Earliest& mine, Chunk&& chunk, float base, int group, u32 word, u64 seed, u64 offset,
+                                 const RowOptions& o, const Place& end) {
+  const float scale = o.rt * kLog2e, peak = warm(base, o);
+  float all = 0.0f, before = 0.0f;
+#pragma unroll 1
+  for (int c = 0; c < 4; ++c) {
+    float x[4], sum = 0.0f;
+    chunk(c, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum = __fadd_rn(sum, exp2_fast((fminf(x[i], kF32Max) - base) * scale));
+    all = __fadd_rn(all, sum);
+  }
+  u32 w[4];
+  philox_words(seed, offset, kInside, static_cast<u32>(group), w);
+  const float reach = share_of(w[0], all), time = __fmul_rn(exponential(word), reciprocal(all));
+  float earliest = -negative_infinity(), raw = 0.0f;
+  int id = 0;
+  bool found = false;
+#pragma unroll 1
+  for (int c = 0; c < 4; ++c) {
+    const int v = first_of_group(group) + c * kChunk;
+    float x[4], sum = 0.0f;
+    chunk(c, x);
+    philox_words(seed, offset, kOfTokens, static_cast<u32>(v) >> 2, w);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float mass = exp2_fast((fminf(x[i], kF32Max) - base) * scale);
+      sum = __fadd_rn(sum, mass);
+      const bool first = !found && __fadd_rn(before, sum) > reach;
+      const float wait = first ? 0.0f : __fmul_rn(exponential(w[i]), reciprocal(mass));
+      const float at = __fadd_rn(time, wait);
+      found = found || first;
+      if (at < earliest && x[i] > negative_infinity() && end.after(warm(x[i], o), v + i)) earliest = at, id = v + i, raw = x[i];
+    }
+    before = __fadd_rn(before, sum);
+  }
+  const float score = less_log(peak, earliest);
+  if (score > mine.best) mine.best = score, mine.id = id, mine.raw = raw;
 }
 
 // A group's chunk c % 4 in lane c, from memory, after penalties.

@@ -5,15 +5,9 @@
 // k tokens above it for nearly every row. Where it has not (ties, or most of the k in one CTA), they are counted out.
 #pragma once
 #include "sample_filter_sm90.cuh"
+#include "sample_rank_sm90.cuh"
 
 namespace attnkit::sampling {
-
-// A listed token: larger keys come earlier in the order. Masses are integers, so that no order of adding shows.
-struct alignas(16) Candidate {
-  u64 key, mass;
-  ATTNKIT_DEVICE float logit() const { return order_value(static_cast<u32>(key >> 32)); }
-  ATTNKIT_DEVICE int id() const { return best_id(key); }
-};
 
 template <int Type, bool Penalised>
 struct ListRow {
@@ -191,48 +185,12 @@ struct ListRow {
       const bool is = !apart || (i & ((1 << room_log2) - 1)) < s.counts[i >> room_log2];
       if (is && one.x >= from) {
         const float logit = warm(one.x, row.o);
-        const float mass = exp2_fast((logit - row.top) * kLog2e);
         const int at = atomicAdd(&s.kept, 1);
-        if (at < kSampleThreads) candidates[at] = Candidate{pack_best(logit, __float_as_int(one.y)), static_cast<u64>(mass * kMassOne)};
+        if (at < kSampleThreads) candidates[at] = Candidate{pack_best(logit, __float_as_int(one.y)), 0};
       }
     }
     __syncthreads();
     return min(s.kept, kSampleThreads);
-  }
-
-  // How many candidates precede this thread's (number threadIdx.x / Lanes), and their mass, by Lanes threads together.
-  template <int Lanes>
-  ATTNKIT_DEVICE void rank_one(int n, u64 key, u32& before, u64& mass) const {
-    const Candidate* const candidates = reinterpret_cast<const Candidate*>(row.slice);
-    before = 0, mass = 0;
-#pragma unroll 8
-    for (int j = static_cast<int>(threadIdx.x) % Lanes; j < n; j += Lanes) {
-      const ulonglong2 q = *reinterpret_cast<const ulonglong2*>(&candidates[j]);
-      if (q.x > key) mass += q.y, ++before;
-    }
-#pragma unroll
-    for (int step = 1; step < Lanes; step *= 2) {
-      before += __shfl_xor_sync(0xffffffffu, before, step);
-      mass += __shfl_xor_sync(0xffffffffu, mass, step);
-    }
-  }
-
-  // CTA 0: f(candidate, how many precede it, their mass) in one thread for each of n candidates, n at most 256.
-  template <class F>
-  ATTNKIT_DEVICE void rank_all(int n, F&& f) const {
-    const int lanes = n <= kSampleThreads / 4 ? 4 : n <= kSampleThreads / 2 ? 2 : 1;
-    const int i = static_cast<int>(threadIdx.x) / lanes;
-    const Candidate mine = reinterpret_cast<const Candidate*>(row.slice)[min(i, n - 1)];
-    u32 before;
-    u64 mass;
-    if (lanes == 4) {
-      rank_one<4>(n, mine.key, before, mass);
-    } else if (lanes == 2) {
-      rank_one<2>(n, mine.key, before, mass);
-    } else {
-      rank_one<1>(n, mine.key, before, mass);
-    }
-    if (i < n && static_cast<int>(threadIdx.x) % lanes == 0) f(mine, before, mass);
   }
 };
 

@@ -79,13 +79,12 @@ ATTNKIT_DEVICE void sample_logprobs(const SampleParams& p) {
     s.kept = 0;
   }
   __syncthreads();
-  list.rank_all(n, [&](const Candidate& c, u32 before, u64) {
-    if (before < static_cast<u32>(p.columns) && c.logit() > negative_infinity()) {
-      values[1 + before] = c.logit() - row.top - norm;
-      ids[1 + before] = c.id();
-      atomicAdd(&s.kept, 1);
-    }
-  });
+  const Ranked r = rank_candidates<kSampleThreads>(reinterpret_cast<const Candidate*>(row.slice), n);
+  if (r.is && r.before < static_cast<u32>(p.columns) && r.own.logit() > negative_infinity()) {
+    values[1 + r.before] = r.own.logit() - row.top - norm;
+    ids[1 + r.before] = r.own.id();
+    atomicAdd(&s.kept, 1);
+  }
   __syncthreads();
   if (threadIdx.x < 32) list_impossible<Type>(p, pointers, ids + 1, values + 1, s.kept);
 }

@@ -11,29 +11,45 @@ struct alignas(16) Candidate {
   ATTNKIT_DEVICE int id() const { return best_id(key); }
 };
 
-// A CTA calls f(candidate, how many of n precede it, their mass) in one thread for each. Few of them take several threads each.
-// In loops, rolled up: what runs once is bound by the fetching of instructions.
-template <class F>
-ATTNKIT_DEVICE void rank_all(const Candidate* candidates, int n, F&& f) {
-  const int log = n <= kSampleThreads / 8 ? 3 : n <= kSampleThreads / 4 ? 2 : n <= kSampleThreads / 2 ? 1 : 0, step = 1 << log;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) >> log; i < ((n + kSampleThreads - 1) & -kSampleThreads); i += kSampleThreads) {
-    const Candidate mine = candidates[min(i, n - 1)];
-    u32 before = 0;
-    u64 mass = 0;
-#pragma unroll 2
-    for (int j = static_cast<int>(threadIdx.x) & (step - 1); j < n; j += step) {
-      const ulonglong2 q = *reinterpret_cast<const ulonglong2*>(&candidates[j]);
-      if (q.x > mine.key) mass += q.y, ++before;
-    }
-#pragma unroll 1
-    for (int other = 1; other < step; other *= 2) {
-      before += __shfl_xor_sync(0xffffffffu, before, other);
-      mass += __shfl_xor_sync(0xffffffffu, mass, other);
-    }
-    if (i < n && (threadIdx.x & (step - 1)) == 0) f(mine, before, mass);
-    if (log != 0) break;
+// A thread's candidate, if it is the one that has it: how many precede it, and their mass.
+struct Ranked {
+  Candidate own;
+  bool is;
+  u32 before = 0;
+  u64 heavier = 0;
+};
+
+// ``Lanes`` neighbours count together for one candidate.
+template <int Lanes>
+ATTNKIT_DEVICE void rank_one(const Candidate* candidates, int n, Ranked& r) {
+#pragma unroll 4
+  for (int j = static_cast<int>(threadIdx.x) % Lanes; j < n; j += Lanes) {
+    const ulonglong2 q = *reinterpret_cast<const ulonglong2*>(&candidates[j]);
+    if (q.x > r.own.key) r.heavier += q.y, ++r.before;
   }
+#pragma unroll
+  for (int step = 1; step < Lanes; step *= 2) {
+    r.before += __shfl_xor_sync(0xffffffffu, r.before, step);
+    r.heavier += __shfl_xor_sync(0xffffffffu, r.heavier, step);
+  }
+}
+
+// All of a CTA's threads, of which there are as many as candidates at the least.
+template <int Threads>
+ATTNKIT_DEVICE Ranked rank_candidates(const Candidate* candidates, int n) {
+  const int log = n <= Threads / 8 ? 3 : n <= Threads / 4 ? 2 : n <= Threads / 2 ? 1 : 0;
+  const int i = static_cast<int>(threadIdx.x) >> log;
+  Ranked r{candidates[min(i, n - 1)], i < n && (threadIdx.x & ((1 << log) - 1)) == 0};
+  if (log == 3) {
+    rank_one<8>(candidates, n, r);
+  } else if (log == 2) {
+    rank_one<4>(candidates, n, r);
+  } else if (log == 1) {
+    rank_one<2>(candidates, n, r);
+  } else {
+    rank_one<1>(candidates, n, r);
+  }
+  return r;
 }
 
 }  // namespace attnkit::sampling

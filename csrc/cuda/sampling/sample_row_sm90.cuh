@@ -121,10 +121,12 @@ constexpr float kMassOne = 1099511627776.0f;      // 2^40: masses are integers, 
 constexpr float kRounding = 4.76837158203125e-07f;  // more than a division and its inverse can move a float
 
 // The k of a row that sample_topk_sm90.cuh takes, 1 for a greedy row; 0 for other rows.
+ATTNKIT_DEVICE u32 listed_k(i64 k, float temperature, int V) {
+  if (temperature == 0.0f) return 1;
+  return k > 0 && k < V && k <= kMostListed ? static_cast<u32>(k) : 0;
+}
 ATTNKIT_DEVICE u32 listed_k(const SampleParams& p, int b) {
-  const i64 k = option(p.top_k, p.top_k_value, b);
-  if (option(p.temperature, p.temperature_value, b) == 0.0f) return 1;
-  return k > 0 && k < p.V && k <= kMostListed ? static_cast<u32>(k) : 0;
+  return listed_k(option(p.top_k, p.top_k_value, b), option(p.temperature, p.temperature_value, b), p.V);
 }
 
 // Where row b of each tensor lies, and whether four neighbours can be read at once.
@@ -192,23 +194,25 @@ struct Extras {
   u32 prompt, allowed;
 };
 
-ATTNKIT_DEVICE void load_extras(Extras& e, const RowPointers& r, int v, int V) {
-  const bool whole = r.wide && v + 4 <= V;
+ATTNKIT_DEVICE void load_counts(int (&counts)[4], const RowPointers& r, int v, int V) {
   if (r.counts != nullptr) {
-    if (whole) {
+    if (r.wide && v + 4 <= V) {
       const int4 n = __ldg(reinterpret_cast<const int4*>(r.counts) + v / 4);
-      e.counts[0] = n.x, e.counts[1] = n.y, e.counts[2] = n.z, e.counts[3] = n.w;
+      counts[0] = n.x, counts[1] = n.y, counts[2] = n.z, counts[3] = n.w;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) e.counts[i] = v + i < V ? __ldg(reinterpret_cast<const int*>(r.counts) + v + i) : 0;
+      for (int i = 0; i < 4; ++i) counts[i] = v + i < V ? __ldg(reinterpret_cast<const int*>(r.counts) + v + i) : 0;
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) e.counts[i] = 0;
+    for (int i = 0; i < 4; ++i) counts[i] = 0;
   }
+}
+
+ATTNKIT_DEVICE void load_masks(Extras& e, const RowPointers& r, int v, int V) {
   e.prompt = 0;
   if (r.prompt != nullptr) {
-    if (whole) {
+    if (r.wide && v + 4 <= V) {
       e.prompt = __ldg(reinterpret_cast<const u32*>(r.prompt) + v / 4);
     } else {
 #pragma unroll
@@ -217,6 +221,11 @@ ATTNKIT_DEVICE void load_extras(Extras& e, const RowPointers& r, int v, int V) {
   }
   e.allowed = 0xfu;
   if (r.allowed != nullptr) e.allowed = v < V ? __ldg(reinterpret_cast<const u32*>(r.allowed) + v / 32) >> (v & 31) : 0;
+}
+
+ATTNKIT_DEVICE void load_extras(Extras& e, const RowPointers& r, int v, int V) {
+  load_counts(e.counts, r, v, V);
+  load_masks(e, r, v, V);
 }
 
 // x / t rounded once, by its reciprocal and Markstein's correction (1990).
@@ -254,7 +263,9 @@ ATTNKIT_DEVICE void penalise(float (&x)[4], const Extras& e, const RowPointers& 
   }
 }
 
-// After temperature: at most the largest float. NaN stays.
+// After temperature: at most the largest float.
+ATTNKIT_DEVICE float tempered(float x, const RowOptions& o) { return fminf(divide(x, o.t, o.rt), kF32Max); }
+// The same without work where temperature is 1. NaN stays.
 ATTNKIT_DEVICE float warm(float x, const RowOptions& o) {
   if (o.tempered) x = divide(x, o.t, o.rt);
   return x > kF32Max ? kF32Max : x;
@@ -346,16 +357,19 @@ ATTNKIT_DEVICE float uniform(u32 word) {
   return fminf(__fmul_rn(__fadd_rn(__uint2float_rn(word), 0.5f), 2.3283064365386963e-10f), 0.999999940395355224609375f);
 }
 
-// l - log(E), E = -log(1 - u) exponential; a series keeps small E exact, where the winners are.
-ATTNKIT_DEVICE float noisy(float l, u32 word) {
+// E = -log(1 - u), exponential; a series keeps small E exact, where the winners are.
+ATTNKIT_DEVICE float exponential(u32 word) {
   const float u = uniform(word);
   float e = __fadd_rn(0.25f, divide(u, 5.0f, 0.2f));
   e = __fadd_rn(0.3333333333333333f, __fmul_rn(u, e));
   e = __fadd_rn(0.5f, __fmul_rn(u, e));
   e = __fmul_rn(u, __fadd_rn(1.0f, __fmul_rn(u, e)));
-  e = u < 0.02f ? e : -__fmul_rn(log2_fast(__fsub_rn(1.0f, u)), kLn2);
-  return __fsub_rn(l, __fmul_rn(log2_fast(e), kLn2));
+  return u < 0.02f ? e : -__fmul_rn(log2_fast(__fsub_rn(1.0f, u)), kLn2);
 }
+
+// l - log(e).
+ATTNKIT_DEVICE float less_log(float l, float e) { return __fsub_rn(l, __fmul_rn(log2_fast(e), kLn2)); }
+ATTNKIT_DEVICE float noisy(float l, u32 word) { return less_log(l, exponential(word)); }
 
 // A lane's best draw so far, and a floor: a score that the CTA has reached already. E >= u, so a token's score is at
 // most l - log(u): logarithms are taken only where that can exceed the floor.

@@ -37,8 +37,55 @@ struct Spot {
   }
 };
 
+// A piece of a row that is read with care: at its end, at odd addresses, or with penalties. What is asked for first:
+template <int Type, bool Penalised>
+struct Fetched {
+  Raw<Type> raw[4];
+  Extras e[Penalised ? 4 : 1];
+
+  ATTNKIT_DEVICE void ask(const RowPointers& r, int v, int V) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int at = v + c * kChunk;
+      if (r.logits_wide && at + 4 <= V) {
+        raw[c] = load_stream<Type>(r.logits + static_cast<i64>(at) * (Type == kF32 ? 4 : 2));
+      } else {
+        raw[c] = load_four_guarded<Type>(r.logits, at, V);
+      }
+      if constexpr (Penalised) load_counts(e[c].counts, r, at, V);
+    }
+  }
+
+  ATTNKIT_DEVICE void use(Raw<Penalised ? kF32 : Type> (&held)[4], const RowPointers& r, const RowOptions& o, int v, int V) {
+    if constexpr (Penalised) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) load_masks(e[c], r, v + c * kChunk, V);
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (Penalised) {
+        float x[4];
+        widen_four<Type>(raw[c], x);
+        penalise(x, e[c], r, o, v + c * kChunk, V);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) held[c].w[i] = __float_as_uint(x[i]);
+      } else {
+        held[c] = raw[c];
+      }
+    }
+  }
+};
+
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void load_piece(Raw<Penalised ? kF32 : Type> (&held)[4], const RowPointers& r, const RowOptions& o, int v, int V) {
+  Fetched<Type, Penalised> fetched;
+  fetched.ask(r, v, V);
+  fetched.use(held, r, o, v, V);
+}
+
 // What a warp does with a row that it wants: ask for its options, begin, block and its pieces (after penalties; their
-// number in the row and their place in the block), end with the number of blocks of the row that this warp took.
+// number in the row and their place in the block), end with the number of blocks of the row that this warp took. With
+// penalties the next piece is on its way where there are registers for it (kAhead).
 template <int Type, bool Penalised, class Work>
 ATTNKIT_DEVICE void stream_rows(const SampleParams& p, Work& work) {
   constexpr int kHeldType = Penalised ? kF32 : Type;
@@ -48,14 +95,24 @@ ATTNKIT_DEVICE void stream_rows(const SampleParams& p, Work& work) {
     while (n < end && !work.wants(n / p.blocks)) n += kSampleWarps;
     return n;
   };
-  const int start = wanted(static_cast<int>(all * blockIdx.x / gridDim.x) + static_cast<int>(threadIdx.x / 32));
+  int start = static_cast<int>(all * blockIdx.x / gridDim.x) + static_cast<int>(threadIdx.x / 32);
   if (start >= end) return;
   Spot<Type> spot(p, start, end);
-  work.ask(spot.b);  // before the queue is full of logits
   Raw<Type> raw[Penalised ? 1 : 4][4];
-  if (!Penalised && spot.whole) {
+  Fetched<Type, Penalised> fetched;
+  const auto first_of = [](const Spot<Type>& at) { return at.v + static_cast<int>(lane_id()) * 4; };
+#pragma unroll 1
+  while (true) {
+    work.ask(spot.b);  // before the queue is full of logits
+    if (!Penalised && spot.whole) {
 #pragma unroll
-    for (int u = 0; u < 4; ++u) spot.load(raw[Penalised ? 0 : u], u);
+      for (int u = 0; u < 4; ++u) spot.load(raw[Penalised ? 0 : u], u);
+    }
+    if (Work::kAhead) fetched.ask(row_pointers<Type>(p, spot.b), first_of(spot), p.V);
+    if (work.wants(spot.b)) break;  // the answer is on its way with the logits
+    start = wanted(start);
+    if (start >= end) return;
+    spot = Spot<Type>(p, start, end);
   }
   work.begin(spot.b);
   int taken = 0;
@@ -77,11 +134,16 @@ ATTNKIT_DEVICE void stream_rows(const SampleParams& p, Work& work) {
     } else {
       work.block(piece / 4);
       const RowPointers r = row_pointers<Type>(p, spot.b);
+      const int v = first_of(spot);
 #pragma unroll 1
       for (int u = 0; u < 4; ++u) {
-        const int v = spot.v + u * kPiece + static_cast<int>(lane_id()) * 4;
         Raw<kHeldType> held[4];
-        work.load(held, r, v);
+        if (!Work::kAhead) fetched.ask(r, v + u * kPiece, p.V);
+        fetched.use(held, r, work.o, v + u * kPiece, p.V);
+        if (Work::kAhead && (u < 3 || !last)) {
+          const bool same = u < 3;
+          fetched.ask(row_pointers<Type>(p, same ? spot.b : next.b), same ? v + (u + 1) * kPiece : first_of(next), p.V);
+        }
         work.template piece<kHeldType>(held, piece + u, u);
       }
       if (!Penalised && next.whole) {
@@ -97,35 +159,6 @@ ATTNKIT_DEVICE void stream_rows(const SampleParams& p, Work& work) {
       work.begin(next.b);
     }
     spot = next;
-  }
-}
-
-// A piece of a row that is read with care: at its end, at odd addresses, or with penalties.
-template <int Type, bool Penalised>
-ATTNKIT_DEVICE void load_piece(Raw<Penalised ? kF32 : Type> (&held)[4], const RowPointers& r, const RowOptions& o, int v, int V) {
-  Raw<Type> raw[4];
-  Extras e[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int at = v + c * kChunk;
-    if (r.logits_wide && at + 4 <= V) {
-      raw[c] = load_stream<Type>(r.logits + static_cast<i64>(at) * (Type == kF32 ? 4 : 2));
-    } else {
-      raw[c] = load_four_guarded<Type>(r.logits, at, V);
-    }
-    if constexpr (Penalised) load_extras(e[c], r, at, V);
-  }
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    if constexpr (Penalised) {
-      float x[4];
-      widen_four<Type>(raw[c], x);
-      penalise(x, e[c], r, o, v + c * kChunk, V);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) held[c].w[i] = __float_as_uint(x[i]);
-    } else {
-      held[c] = raw[c];
-    }
   }
 }
 

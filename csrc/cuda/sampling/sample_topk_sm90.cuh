@@ -1,41 +1,46 @@
 // top-k up to 128 (with top-p and min-p if they come), in two launches. The first reads all logits once and keeps the
 // largest of each group of 16 tokens, its peak. The second has a CTA for each row: as many tokens as peaks are at or above
-// the k-th largest of 256 larger peaks, so only groups whose peak is can hold one of the k first: some 60 groups for k = 50.
+// the k-th largest of 512 larger peaks, so only groups whose peak is can hold one of the k first: some 60 groups for k = 50.
 // Their tokens are read again, ranked, and one is drawn. Where ties leave too many, the k first are counted out.
 #pragma once
+#include "sample_rank_sm90.cuh"
 #include "sample_stream_sm90.cuh"
 
 namespace attnkit::sampling {
 
 constexpr int kTopkThreads = 512, kTopkWarps = kTopkThreads / 32;
-constexpr int kBest = 256;        // peaks that are ranked
 constexpr int kCandidates = 512;  // tokens that are ranked, and groups they may come from
 
 // ---- first launch ----
 
 template <int Type, bool Penalised>
 struct PeakWork {
+  static constexpr bool kAhead = Penalised;
   const SampleParams& p;
   RawOptions coming;
   RowOptions o;
   float* to = nullptr;
-  int asked = -1;
+  i64 top_k = 0;
+  int asked = -1, judged = -1;
   bool wanted = true;
 
   ATTNKIT_DEVICE explicit PeakWork(const SampleParams& q) : p(q) {}
-  ATTNKIT_DEVICE void ask(int b) { coming = RawOptions(p, b); }
+  ATTNKIT_DEVICE void ask(int b) {
+    coming = RawOptions(p, b);
+    if (p.listed != 0) top_k = option(p.top_k, p.top_k_value, b), asked = b;
+  }
   ATTNKIT_DEVICE void begin(int b) {
     o = coming.use();
     to = p.peaks + static_cast<i64>(b) * p.blocks * (kBlock / 16) + lane_id();
   }
   ATTNKIT_DEVICE bool wants(int b) {
-    if (p.listed != 0 && b != asked) wanted = listed_k(p, b) != 0, asked = b;
+    if (p.listed != 0 && b != judged) {
+      wanted = (b == asked ? listed_k(top_k, coming.t, p.V) : listed_k(p, b)) != 0;
+      judged = b;
+    }
     return wanted;
   }
   ATTNKIT_DEVICE void block(int) {}
-  ATTNKIT_DEVICE void load(Raw<Penalised ? kF32 : Type> (&held)[4], const RowPointers& r, int v) const {
-    load_piece<Type, Penalised>(held, r, o, v, p.V);
-  }
   template <int Held>
   ATTNKIT_DEVICE void piece(const Raw<Held> (&raw)[4], int number, int) {
     to[number * 32] = peak_of<Held>(raw);
@@ -53,21 +58,14 @@ ATTNKIT_DEVICE void sample_peaks(const SampleParams& p) {
 
 // ---- second launch ----
 
-// Larger keys come earlier in the order.
-struct alignas(16) Candidate {
-  u64 key, mass;
-  ATTNKIT_DEVICE float logit() const { return order_value(static_cast<u32>(key >> 32)); }
-};
-
 struct TopkShared {
   Candidate candidates[kCandidates];
   union {
-    float4 best[kBest / 4];
     int groups[kCandidates];
     u32 counted[2][256];
   };
   u64 sums[kTopkWarps];
-  float bound, top;
+  uint2 range[kTopkWarps];  // of keys
   int n, n_groups;
   u32 bin, need, equal;
 };
@@ -78,7 +76,8 @@ struct TopkRow {
   TopkShared& s;
   const RowPointers& r;
   const RowOptions& o;
-  float top = 0.0f;  // largest logit after temperature
+  float top = 0.0f;    // largest logit after temperature
+  float bound = 0.0f;  // before temperature: k tokens reach it
   const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
 
   ATTNKIT_DEVICE void append(float logit, int id) {
@@ -87,8 +86,9 @@ struct TopkRow {
     if (at < kCandidates) s.candidates[at] = Candidate{pack_best(logit, id), static_cast<u64>(mass * kMassOne)};
   }
 
-  // The k-th of the pairs of threads' largest peaks; the largest of all. False for a row with NaN or without a token.
-  ATTNKIT_DEVICE bool find_bound(const float4* peaks, int n, u32 k) {
+  // A bound that k of the threads' largest peaks reach and few more, by bisection; the largest of all. ``mine``: this thread's.
+  // False for a row with NaN or without a token.
+  ATTNKIT_DEVICE bool find_bound(const float4* peaks, int n, u32 k, float& mine) {
     float most = negative_infinity();
 #pragma unroll 1
     for (int i = threadIdx.x; i < n; i += 4 * kTopkThreads) {
@@ -100,34 +100,33 @@ struct TopkRow {
 #pragma unroll
       for (int u = 0; u < 4; ++u) most = max_nan(most, max_nan(max_nan(q[u].x, q[u].y), max_nan(q[u].z, q[u].w)));
     }
-    const bool nan = __syncthreads_or(most != most) != 0;
-    if (nan) return false;
-    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-    const int mine = static_cast<int>(threadIdx.x) / 2, half = static_cast<int>(threadIdx.x) & 1;
-    reinterpret_cast<float*>(s.best)[mine] = most;
-    __syncthreads();
-    u32 before = 0;
-#pragma unroll 4
-    for (int i = 0; i < kBest / 8; ++i) {
-      const int at = 2 * i + half;
-      const float4 q = s.best[at];
-      before += q.x > most || (q.x == most && 4 * at < mine);
-      before += q.y > most || (q.y == most && 4 * at + 1 < mine);
-      before += q.z > most || (q.z == most && 4 * at + 2 < mine);
-      before += q.w > most || (q.w == most && 4 * at + 3 < mine);
+    mine = most;
+    const u32 key = order_key(most), high_here = __reduce_max_sync(0xffffffffu, key), low_here = __reduce_min_sync(0xffffffffu, key);
+    if (lane == 0) s.range[warp] = make_uint2(low_here, high_here);
+    if (__syncthreads_or(most != most) != 0) return false;
+    const uint2 range = s.range[lane % kTopkWarps];
+    u32 low = __reduce_min_sync(0xffffffffu, range.x), high = __reduce_max_sync(0xffffffffu, range.y);
+    top = warm(order_value(high), o);
+    // As many as k reach ``low``; fewer do what is above ``high``.
+#pragma unroll 1
+    for (int step = 0; step < 16 && low < high; ++step) {
+      const u32 middle = high - (high - low) / 2;
+      const u32 reach = __syncthreads_count(key >= middle);
+      if (reach < k) {
+        high = middle - 1;
+      } else {
+        low = middle;
+        if (reach <= k + k / 16) break;
+      }
     }
-    before += __shfl_xor_sync(0xffffffffu, before, 1);
-    if (before == k - 1) s.bound = most;
-    if (before == 0) s.top = most;
-    __syncthreads();
-    top = warm(s.top, o);
+    bound = order_value(low);
     return top > negative_infinity();
   }
 
   // Lists the tokens that are at least ``from`` before temperature. False if there was no room.
-  ATTNKIT_DEVICE bool collect(const float4* peaks, int n, float from) {
+  ATTNKIT_DEVICE bool collect(const float4* peaks, int n, float from, float mine) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < n; i += kTopkThreads) {
+    for (int i = threadIdx.x; i < n && mine >= from; i += kTopkThreads) {
       const float4 q = peaks[i];
       if (fmaxf(fmaxf(q.x, q.y), fmaxf(q.z, q.w)) < from) continue;
       const float x[4] = {q.x, q.y, q.z, q.w};
@@ -236,22 +235,6 @@ struct TopkRow {
 
   // ---- the draw ----
 
-  // How many candidates precede this thread's (number threadIdx.x / Lanes), and their mass, by Lanes threads together.
-  template <int Lanes>
-  ATTNKIT_DEVICE void rank_one(int n, u64 key, u32& before, u64& mass) const {
-    before = 0, mass = 0;
-#pragma unroll 4
-    for (int j = static_cast<int>(threadIdx.x) % Lanes; j < n; j += Lanes) {
-      const ulonglong2 q = *reinterpret_cast<const ulonglong2*>(&s.candidates[j]);
-      if (q.x > key) mass += q.y, ++before;
-    }
-#pragma unroll
-    for (int step = 1; step < Lanes; step *= 2) {
-      before += __shfl_xor_sync(0xffffffffu, before, step);
-      mass += __shfl_xor_sync(0xffffffffu, mass, step);
-    }
-  }
-
   // The sum over all threads, below 2^49.
   ATTNKIT_DEVICE u64 block_sum(u64 x) {
     const u64 low24 = __reduce_add_sync(0xffffffffu, static_cast<u32>(x) & 0xffffffu);
@@ -267,31 +250,18 @@ struct TopkRow {
 
   // The id drawn among the k first candidates that top-p and min-p let pass, in thread 0.
   ATTNKIT_DEVICE int draw(u32 k, float share, float least, u64 seed, u64 offset) {
-    const int n = s.n, log = n <= kTopkThreads / 8 ? 3 : n <= kTopkThreads / 4 ? 2 : n <= kTopkThreads / 2 ? 1 : 0;
-    const int i = static_cast<int>(threadIdx.x) >> log;
-    const Candidate mine = s.candidates[min(i, n - 1)];
-    u32 before;
-    u64 heavier;
-    if (log == 3) {
-      rank_one<8>(n, mine.key, before, heavier);
-    } else if (log == 2) {
-      rank_one<4>(n, mine.key, before, heavier);
-    } else if (log == 1) {
-      rank_one<2>(n, mine.key, before, heavier);
-    } else {
-      rank_one<1>(n, mine.key, before, heavier);
-    }
-    const bool is = i < n && (threadIdx.x & ((1 << log) - 1)) == 0 && before < k;
+    const Ranked r = rank_candidates<kTopkThreads>(s.candidates, s.n);
+    const bool is = r.is && r.before < k;
     u64 best = 0;
-    const int id = best_id(mine.key);
-    if (is && mine.logit() >= least) {
+    const int id = r.own.id();
+    if (is && r.own.logit() >= least) {
       u32 w[4];
       philox_words(seed, offset, kOfTokens, static_cast<u32>(id) >> 2, w);
-      best = pack_best(noisy(mine.logit(), id & 2 ? (id & 1 ? w[3] : w[2]) : (id & 1 ? w[1] : w[0])), id);
+      best = pack_best(noisy(r.own.logit(), id & 2 ? (id & 1 ? w[3] : w[2]) : (id & 1 ? w[1] : w[0])), id);
     }
     if (share < 1.0f) {
-      const double target = static_cast<double>(share) * static_cast<double>(block_sum(is ? mine.mass : 0));
-      if (before != 0 && static_cast<double>(heavier) >= target) best = 0;
+      const double target = static_cast<double>(share) * static_cast<double>(block_sum(is ? r.own.mass : 0));
+      if (r.before != 0 && static_cast<double>(r.heavier) >= target) best = 0;
     }
     best = warp_max(best);
     if (lane == 0) s.sums[warp] = best;
@@ -307,24 +277,26 @@ ATTNKIT_DEVICE void sample_topk(const SampleParams& p) {
   __shared__ TopkShared s;
   const int b = static_cast<int>(blockIdx.x);
   if (threadIdx.x == 0) s.n = s.n_groups = 0;
-  wait_for_previous_grid();
-  launch_dependents();
+  // This grid started when all before the first launch had ended: a row's options are there.
   const RawOptions raw(p, b);
   const float share = option(p.top_p, p.top_p_value, b), ratio = option(p.min_p, p.min_p_value, b);
   const u32 k = listed_k(p, b);
+  wait_for_previous_grid();
+  launch_dependents();
   if (k == 0) return;
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
   TopkRow<Type, Penalised> row{p, s, r, o};
   const int n = p.blocks * (kBlock / 64);
   const float4* const peaks = reinterpret_cast<const float4*>(p.peaks) + static_cast<i64>(b) * n;
-  if (!row.find_bound(peaks, n, k)) {
+  float mine;
+  if (!row.find_bound(peaks, n, k, mine)) {
     if (threadIdx.x == 0) p.tokens[b] = 0, p.valid[b] = false;
     return;
   }
   // What lies within rounding of the bound may be equal to it after temperature.
-  const float bound = fminf(fmaxf(s.bound, -kF32Max), kF32Max);
-  if (!row.collect(peaks, n, fmaxf(bound - fabsf(bound) * kRounding, -kF32Max))) row.count_out(k);
+  const float bound = fminf(fmaxf(row.bound, -kF32Max), kF32Max);
+  if (!row.collect(peaks, n, fmaxf(bound - fabsf(bound) * kRounding, -kF32Max), mine)) row.count_out(k);
   const float least = ratio > 0.0f ? __fadd_rn(row.top, logf(ratio)) : -kF32Max;
   const int token = row.draw(k, share, least, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset));
   if (threadIdx.x == 0) p.tokens[b] = token, p.valid[b] = true;

@@ -14,8 +14,8 @@ GROUP = 16
 #: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
 STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
-#: sizeof(CutShared) in csrc/cuda/sampling/sample_share_sm90.cuh, and how many tokens the list after it has room for.
-CUT_BYTES, CUT_ROOM = 17312, 12032
+#: sizeof(CutShared) in csrc/cuda/sampling/sample_share_sm90.cuh, and how many tokens of 8 bytes each thread lists after it.
+CUT_BYTES, CUT_ROOM = 20944, 46
 #: CTAs that a row is shared by at most, and blocks of a share.
 MOST_PARTS, MOST_BLOCKS = 8, 448
 #: Fewer rows are read sooner by the filter kernel.
