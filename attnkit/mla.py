@@ -10,17 +10,19 @@ from torch import Tensor
 from attnkit import attention, check, registry, settings
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import attention as cpu_attention
-from attnkit.backends.cuda import mla_narrow, mla_wide, mla_wide_fp8
+from attnkit.backends.cuda import mla_narrow, mla_short, mla_wide, mla_wide_fp8
 from attnkit.backends.cuda import mla_prefill as cuda_mla_prefill
 from attnkit.backends.triton import mla as triton_mla
 from attnkit.cache import PageTable
 from attnkit.dispatch import PlanCache, make_plan
+from attnkit.keys import call_key
 from attnkit.roofline import Cost
 from attnkit.signature import MlaSig, RaggedSig
 
 DECODE, PREFILL = "mla_decode", "mla_prefill"
 DECODE_KERNELS = (
     mla_narrow.MLA_DECODE,
+    mla_short.MLA_DECODE,
     mla_wide.MLA_DECODE,
     mla_wide_fp8.MLA_DECODE,
     triton_mla.MLA_DECODE,
@@ -90,9 +92,8 @@ def mla_decode(
 def _run_decode(q, kv, pages, lens, sinks, tree_mask, out, lse,
                 latent, scale, window, softcap, batch_invariant, impl, config=None) -> None:  # fmt: skip
     tensors = (q, kv, pages, lens, sinks, tree_mask, out, lse)
-    aligned = not (q.data_ptr() | kv.data_ptr() | out.data_ptr()) & 15
     static = (latent, scale, window, softcap, batch_invariant, impl, config)
-    key = attention.call_key(tensors, aligned, static)
+    key = call_key(tensors, static)
     plan = _DECODE_PLANS.get(key)
     if plan is None:
         plan = _DECODE_PLANS.put(key, make_plan(DECODE_KERNELS, _decode_signature(tensors, static), impl, config))
@@ -200,9 +201,8 @@ def mla_prefill(
 def _run_prefill(q, k, v, cu_q, cu_k, sinks, out, lse,
                  scale, causal, window, softcap, batch_invariant, impl, config=None) -> None:  # fmt: skip
     tensors = (q, k, v, cu_q, cu_k, sinks, out, lse)
-    aligned = not (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) & 15
     static = (scale, causal, window, softcap, batch_invariant, impl, config)
-    key = attention.call_key(tensors, aligned, static)
+    key = call_key(tensors, static)
     plan = _PREFILL_PLANS.get(key)
     if plan is None:
         plan = _PREFILL_PLANS.put(key, make_plan(PREFILL_KERNELS, _prefill_signature(tensors, static), impl, config))

@@ -44,13 +44,13 @@ CASES = [
 ]
 
 
-def attend(x: inputs.Inputs, **options):
+def attend(x: inputs.Inputs, kernel: str = KERNEL, **options):
     kv = x.kv[0][:, :, 0]
-    return attnkit.mla_decode(x.q, kv, x.table, latent=C, return_lse=True, impl=KERNEL, **x.options, **options)
+    return attnkit.mla_decode(x.q, kv, x.table, latent=C, return_lse=True, impl=kernel, **x.options, **options)
 
 
-def compare(x: inputs.Inputs) -> None:
-    out, lse = attend(x)
+def compare(x: inputs.Inputs, kernel: str = KERNEL) -> None:
+    out, lse = attend(x, kernel)
     k = x.kv[0]
     truths = [
         reference.paged_attention(

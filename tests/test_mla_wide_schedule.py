@@ -67,6 +67,28 @@ int main(int argc, char** argv) {
 }
 """
 
+SHORT = r"""
+// argv: groups window Q capacity lens...
+int main(int argc, char** argv) {
+  std::vector<int> a;
+  for (int i = 1; i < argc; ++i) a.push_back(atoi(argv[i]));
+  std::vector<int> lens(a.begin() + 4, a.end());
+  MlaWideParams p{};
+  p.lens = lens.data();
+  p.B = lens.size(); p.groups = a[0]; p.window = a[1]; p.Q = a[2]; p.capacity = a[3];
+  std::vector<std::thread> warp;
+  for (int lane = 0; lane < 32; ++lane) warp.emplace_back([&p, lane] {
+    threadIdx.x = lane;
+    for (int group = 0; group < p.groups; ++group) {
+      MlaShortPiece x;
+      if (!x.find(p, group)) continue;
+      if (lane == 31) printf("%d %d %d %d %d %d %d %d %d\n", group, x.b, x.length, x.low, x.tile, x.tiles, x.index, x.count, x.first);
+    }
+  });
+  for (std::thread& lane : warp) lane.join();
+}
+"""
+
 DIVISIONS = r"""
 int main() {
   int n, d;
@@ -76,7 +98,8 @@ int main() {
 
 
 def build(folder, main: str, error: int = 0):
-    (folder / "main.cpp").write_text("\n".join([SHIM, source("mla/mla_wide_schedule.cuh"), "using namespace attnkit;", main]))
+    headers = [source(f"mla/mla_{name}_schedule.cuh") for name in ("wide", "short")]
+    (folder / "main.cpp").write_text("\n".join([SHIM, *headers, "using namespace attnkit;", main]))
     command = [CXX, "-std=c++20", "-O1", "-pthread", f"-DERROR={error}", "-o", str(folder / "main"), str(folder / "main.cpp")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -147,3 +170,30 @@ def test_divisions_are_exact(tmp_path, error):
     program = build(tmp_path, DIVISIONS, error)
     done = subprocess.run([program], input=sent, capture_output=True, text=True, check=True)
     assert np.array_equal(np.array(done.stdout.split(), dtype=np.int64), n // d)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("short"), SHORT)
+
+
+FEW = {
+    "one": [8192], "half": [4224], "more": [4225], "empty": [0], "edges": [1, 63, 64, 65, 0, 2000], "equal": [1024] * 8,
+    "many": [64, 0, 128, 1, 65] * 11, "all": [64] * 66, "pairs": [128] * 66,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lens", FEW.values(), ids=FEW.keys())
+@pytest.mark.parametrize("options", [{}, {"window": 100, "Q": 4}, {"capacity": 1024}], ids=str)
+def test_short_pieces_have_two_tiles_at_most(short, lens, options):
+    window, Q, capacity = (options.get(name, other) for name, other in (("window", 0), ("Q", 1), ("capacity", 1 << 20)))
+    done = subprocess.run([short, *map(str, (66, window, Q, capacity, *lens))], capture_output=True, text=True, check=True)
+    found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    for b, length in enumerate(lens):
+        at, total = tiles_of(length, window, Q, capacity)
+        end, mine = at + total, [x for x in found if x[1] == b]
+        for i, (group, _, of, _, tile, tiles, index, count, first) in enumerate(mine):
+            assert (tile, index, count, first) == (at, i, len(mine), group - i) and 0 < tiles <= 2
+            assert of == min(length, capacity)
+            at += tiles
+        assert at == end

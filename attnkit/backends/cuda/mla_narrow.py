@@ -18,7 +18,6 @@ from attnkit.backends.cuda.launch import (
     index_of,
     kernel,
     missing,
-    pointer,
     scratch,
     stream_of,
     unavailable,
@@ -134,14 +133,9 @@ def launch(
     if sinks is not None and sinks.stride(0) != 1:
         sinks = sinks.contiguous()
     stream = stream_of(state["index"])
-    latents = kv.data_ptr()
     state["launch"](
-        stream,
-        q.data_ptr(), latents, latents, pages.data_ptr(), lens.data_ptr(),
-        pointer(sinks), 0, 0, pointer(tree_mask), out.data_ptr(), pointer(lse),
-        *scratch(plan, stream),
-        state["page_bytes"], 0,
-        *((0, 0, 0) if tree_mask is None else tree_mask.stride()),
+        stream, q, kv, kv, pages, lens, sinks, 0, 0, tree_mask, out, lse, *scratch(plan, stream),
+        state["page_bytes"], 0, *((0, 0, 0) if tree_mask is None else tree_mask.stride()),
     )  # fmt: skip
 
 

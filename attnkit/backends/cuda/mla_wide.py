@@ -20,7 +20,6 @@ from attnkit.backends.cuda.launch import (
     index_of,
     kernel,
     missing,
-    pointer,
     scratch,
     stream_of,
     unavailable,
@@ -47,9 +46,11 @@ CHUNK_BYTES = 64 * 256 * 4 + 64 * 8  # one warpgroup's partial sums
 
 
 def supports(sig: MlaSig) -> str | None:
-    reason = unsuited_device(sig)
-    if reason is not None:
-        return reason
+    return unsuited_device(sig) or unsuited_cache(sig) or unsuited_call(sig) or missing(_variant(sig))
+
+
+def unsuited_cache(sig: MlaSig) -> str | None:
+    """What is read by tensor maps."""
     if sig.q_dtype not in (torch.bfloat16, torch.float16) or sig.kv_dtype != sig.q_dtype:
         return f"q is {sig.q_dtype} and kv {sig.kv_dtype}, wanted bfloat16 or float16 for both"
     if (sig.C, sig.R) != (builds.C, builds.R):
@@ -58,7 +59,7 @@ def supports(sig: MlaSig) -> str | None:
         return f"needs pages of at least 16 tokens, got {sig.S}"
     if max(sig.kv_stride[:2]) * 2 >= MAX_STRIDE:
         return "a stride of kv is too large for a tensor map"
-    return unsuited_call(sig) or missing(_variant(sig))
+    return None
 
 
 def unsuited_device(sig: MlaSig) -> str | None:
@@ -89,7 +90,7 @@ def unsuited_call(sig: MlaSig) -> str | None:
         return "a stride of q is too large for a tensor map"
     if sig.B * (sig.W * sig.S // builds.TILE + 2) >= 1 << 31:
         return "more than 2^31 tiles of keys"
-    if _groups(sig) < 1:
+    if groups(sig) < 1:
         return f"{rows} rows are more than the device takes at a time"
     return None
 
@@ -107,7 +108,8 @@ def _row_blocks(sig: MlaSig) -> int:
     return -(-sig.H * sig.Q // (builds.ROWS * ctas(sig)))
 
 
-def _groups(sig: MlaSig) -> int:
+def groups(sig: MlaSig) -> int:
+    """Of CTAs that share keys: as many as run at a time."""
     return arch.of(sig.device).sms // (ctas(sig) * _row_blocks(sig))
 
 
@@ -122,11 +124,14 @@ def _map(sizes: list[int], strides: list[int], box: list[int]) -> Any:
 
 
 def prepare(plan: Any) -> None:
-    sig = plan.sig
+    set_up(plan, NAME, _variant(plan.sig), builds.SHARED_BYTES, *boxes(plan.sig))
+
+
+def boxes(sig: MlaSig) -> tuple[int, list[tuple[int, int, Any]]]:
+    """log2 of the slots that one load of keys takes, and the keys' map."""
     box = min(sig.S, builds.TILE // ctas(sig))
     kv = _map([sig.C + sig.R, sig.S, sig.P], [sig.kv_stride[1], sig.kv_stride[0]], [64, box, 1])
-    maps = [(PARAMS.offsets["kv_map"], EACH_CALL.index("kv"), kv)]
-    set_up(plan, NAME, _variant(sig), builds.SHARED_BYTES, box.bit_length() - 1, maps)
+    return box.bit_length() - 1, [(PARAMS.offsets["kv_map"], EACH_CALL.index("kv"), kv)]
 
 
 def set_up(
@@ -134,23 +139,23 @@ def set_up(
 ) -> None:
     """Everything that a signature and a config settle; what is left for a call is its pointers."""
     sig, config = plan.sig, plan.config
-    width, row_blocks, groups = ctas(sig), _row_blocks(sig), _groups(sig)
-    groups = max(1, min(groups, sig.B * (-(-sig.W * sig.S // builds.TILE) + 1)))
-    cells = groups * row_blocks * width * 2
+    width, row_blocks = ctas(sig), _row_blocks(sig)
+    most = max(1, min(groups(sig), sig.B * (-(-sig.W * sig.S // builds.TILE) + 1)))
+    cells = most * row_blocks * width * 2
     out = [s * 2 for s in sig.out_stride]
     b, i, h, _ = sig.q_stride
     heads, tokens = (sig.Q * sig.H, 1) if _flat(sig) else (sig.H, sig.Q)
     values = {
         "pages_b": sig.pages_stride, "out_b": out[0], "out_i": out[1], "out_h": out[2], "B": sig.B, "Q": sig.Q, "H": sig.H,
         "rows": sig.Q * sig.H, "q_heads": heads, "page_shift": sig.S.bit_length() - 1, "box_shift": box_shift,
-        "capacity": sig.W * sig.S, "window": sig.window, "row_blocks": row_blocks, "groups": groups,
+        "capacity": sig.W * sig.S, "window": sig.window, "row_blocks": row_blocks, "groups": most,
         "least_tiles": config.least_tiles, "patience": config.patience, "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0,
         "scale": sig.scale, "softcap": sig.softcap,
     }  # fmt: skip
     q = _map([sig.C + sig.R, heads, tokens, sig.B], [h, i, b], [64, builds.ROWS, 1, 1])
     index = index_of(sig.device)
     plan.state["launch"] = compiled().CudaLaunch(
-        kernel(variant, name, index, shared_bytes), (width, row_blocks, groups), (builds.THREADS, 1, 1), (width, 1, 1), True,
+        kernel(variant, name, index, shared_bytes), (width, row_blocks, most), (builds.THREADS, 1, 1), (width, 1, 1), True,
         PARAMS.pack(values), [PARAMS.offsets[name] for name in EACH_CALL],
         [(PARAMS.offsets["q_map"], EACH_CALL.index("q"), q), *kv_maps],
     )  # fmt: skip
@@ -177,10 +182,7 @@ def launch(
     if sinks is not None and sinks.stride(0) != 1:
         sinks = sinks.contiguous()
     stream = stream_of(state["index"])
-    state["launch"](
-        stream, q.data_ptr(), kv.data_ptr(), pages.data_ptr(), lens.data_ptr(), pointer(sinks), out.data_ptr(), pointer(lse),
-        *scratch(plan, stream),
-    )  # fmt: skip
+    state["launch"](stream, q, kv, pages, lens, sinks, out, lse, *scratch(plan, stream))
 
 
 MLA_DECODE = Kernel("cuda_sm90_wide", "cuda", supports, launch, configs.CUDA)

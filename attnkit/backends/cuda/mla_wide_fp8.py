@@ -19,9 +19,10 @@ MAX_PAGE, MAX_CACHE = 1 << 34, 1 << 36  # bytes; places in the cache are counted
 
 
 def supports(sig: MlaSig) -> str | None:
-    reason = mla_wide.unsuited_device(sig)
-    if reason is not None:
-        return reason
+    return mla_wide.unsuited_device(sig) or unsuited_cache(sig) or mla_wide.unsuited_call(sig) or missing(_variant(sig))
+
+
+def unsuited_cache(sig: MlaSig) -> str | None:
     if sig.kv_dtype != torch.uint8 or sig.q_dtype != torch.bfloat16:
         return f"q is {sig.q_dtype} and kv {sig.kv_dtype}, wanted bfloat16 and an fp8 cache"
     if sig.S > 1 and sig.kv_stride[1] != builds.ROW_BYTES:
@@ -30,7 +31,7 @@ def supports(sig: MlaSig) -> str | None:
         return f"kv's stride from page to page is {sig.kv_stride[0]} bytes, wanted less than {MAX_PAGE}"
     if sig.P * sig.kv_stride[0] > MAX_CACHE:
         return f"kv's pages span {sig.P * sig.kv_stride[0]} bytes, wanted up to {MAX_CACHE}"
-    return mla_wide.unsuited_call(sig) or missing(_variant(sig))
+    return None
 
 
 def _variant(sig: MlaSig) -> Variant:
@@ -38,9 +39,12 @@ def _variant(sig: MlaSig) -> Variant:
 
 
 def prepare(plan: Any) -> None:
-    # The field that says how large a tensor map's boxes are says here how far apart pages are.
-    page = plan.sig.kv_stride[0] // 16
-    mla_wide.set_up(plan, NAME, _variant(plan.sig), builds.SHARED_BYTES, page, [])
+    mla_wide.set_up(plan, NAME, _variant(plan.sig), builds.SHARED_BYTES, *boxes(plan.sig))
+
+
+def boxes(sig: MlaSig) -> tuple[int, list[tuple[int, int, Any]]]:
+    """There is no tensor map: the field that says how large its boxes are says here how far apart pages are."""
+    return sig.kv_stride[0] // 16, []
 
 
 def launch(plan: Any, *tensors: Any) -> None:

@@ -637,6 +637,48 @@ struct MlaValues {
   }
 };
 
+// What loads tiles, whatever the cache's form: a tile's tokens come in boxes, which are all of one page.
+template <int T>
+struct MlaBoxes {
+  const DecodeParams& p;
+  int lane, box_shift, boxes;  // tokens in a box: 2^box_shift; boxes of a tile
+
+  ATTNKIT_DEVICE explicit MlaBoxes(const DecodeParams& params) : p(params) {
+    lane = threadIdx.x & 31;
+    box_shift = min(p.page_shift, 6);
+    boxes = T >> box_shift;
+  }
+
+  // The page of this lane's box of a tile; 0 where the box holds no visible key: its table entry may be garbage.
+  ATTNKIT_DEVICE int page_of(const Piece& piece, const int* pages, int tile) const {
+    const int token = tile * T + ((lane & (boxes - 1)) << box_shift);
+    return token < piece.length && token + (1 << box_shift) > piece.low ? pages[token >> p.page_shift] : 0;
+  }
+
+  // All tiles of all pieces by way of a ring: bring(piece, pages, tile, page, stage, phase). ``P`` is what the walker finds,
+  // found(piece) what else is to be known of it.
+  template <int Stages, class P, class Found, class Bring>
+  ATTNKIT_DEVICE void each_tile(Walker<T>& walker, const Found& found, const Bring& bring) const {
+    P piece;
+    int stage = 0, phase = 1;
+    while (walker.next(piece)) {
+      found(piece);
+      const int* pages = p.pages + piece.b * p.pages_b;
+      int page = page_of(piece, pages, piece.tile);
+#pragma unroll 1
+      for (int tile = piece.tile; tile < piece.tile + piece.tiles; ++tile) {
+        const int next_page = page_of(piece, pages, tile + 1);
+        bring(piece, pages, tile, page, stage, phase);
+        page = next_page;
+        if (++stage == Stages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+    }
+  }
+};
+
 // The table and q are read once lens are known; meanwhile they come closer. Every CTA asks for its part of the lines.
 ATTNKIT_DEVICE void mla_prefetch(const DecodeParams& p, int q_bytes) {
   const u32 lines = (p.table_width + 31) / 32, i = threadIdx.x * gridDim.x + blockIdx.x;

@@ -44,57 +44,37 @@ struct MlaFp8Shared {
 
 // One warp loads tiles; the other says which pieces they belong to, so that loading never waits for that.
 template <class Shape>
-struct MlaFp8Producer {
+struct MlaFp8Producer : MlaBoxes<Shape::T> {
   static constexpr int T = Shape::T;
+  using Boxes = MlaBoxes<T>;
+  using Boxes::p, Boxes::lane, Boxes::box_shift, Boxes::boxes;
 
-  const DecodeParams& p;
   const MlaFp8Shared& shared;
-  int lane, box_shift, boxes;
 
-  ATTNKIT_DEVICE MlaFp8Producer(const DecodeParams& params, const MlaFp8Shared& s) : p(params), shared(s) {
-    lane = threadIdx.x & 31;
-    box_shift = min(p.page_shift, 6);
-    boxes = T >> box_shift;
-  }
-
-  ATTNKIT_DEVICE int page_of(const Piece& piece, const int* pages, int tile) const {
-    const int token = tile * T + ((lane & (boxes - 1)) << box_shift);
-    return token < piece.length && token + (1 << box_shift) > piece.low ? pages[token >> p.page_shift] : 0;
-  }
+  ATTNKIT_DEVICE MlaFp8Producer(const DecodeParams& params, const MlaFp8Shared& s) : Boxes(params), shared(s) {}
 
   ATTNKIT_DEVICE void run_tiles(Walker<T>& walker) {
     const i64 page_bytes = p.k_scale_h;  // this kernel's use of the field
     const u64 policy = evict_first_policy();
-    Piece piece;
-    int stage = 0, phase = 1;
-    while (walker.next(piece)) {
-      const int* pages = p.pages + piece.b * p.pages_b;
-      int page = page_of(piece, pages, piece.tile);
-#pragma unroll 1
-      for (int tile = piece.tile; tile < piece.tile + piece.tiles; ++tile) {
-        const int next_page = page_of(piece, pages, tile + 1);
-        const int token0 = tile * T, tokens = min(piece.length - token0, T);
-        const int first = max(piece.low - token0, 0) >> box_shift;
-        const int last = (tokens + (1 << box_shift) - 1) >> box_shift;
-        const int slot = token0 & ((1 << p.page_shift) - 1);
-        const u32 to = shared.ring + stage * Shape::StageBytes, full = shared.full + 8 * stage;
-        mbarrier_wait(shared.empty + 8 * stage, phase);
-        if (elect_one()) mbarrier_arrive_expect(full, max(tokens - (first << box_shift), 0) * Shape::TokenBytes);
-        for (int box = first; box < last; ++box) {
-          const int from = boxes <= 32 ? __shfl_sync(~0u, page, box) : pages[(token0 >> p.page_shift) + box];
-          if (elect_one()) {
-            const int at = box << box_shift;
-            mla_bulk_load(to + at * Shape::TokenBytes, p.k + from * page_bytes + slot * Shape::TokenBytes,
-                      min(tokens - at, 1 << box_shift) * Shape::TokenBytes, full, policy);
+    Boxes::template each_tile<Shape::Stages, Piece>(
+        walker, [](Piece&) {},
+        [&](const Piece& piece, const int* pages, int tile, int page, int stage, int phase) {
+          const int token0 = tile * T, tokens = min(piece.length - token0, T);
+          const int first = max(piece.low - token0, 0) >> box_shift;
+          const int last = (tokens + (1 << box_shift) - 1) >> box_shift;
+          const int slot = token0 & ((1 << p.page_shift) - 1);
+          const u32 to = shared.ring + stage * Shape::StageBytes, full = shared.full + 8 * stage;
+          mbarrier_wait(shared.empty + 8 * stage, phase);
+          if (elect_one()) mbarrier_arrive_expect(full, max(tokens - (first << box_shift), 0) * Shape::TokenBytes);
+          for (int box = first; box < last; ++box) {
+            const int from = boxes <= 32 ? __shfl_sync(~0u, page, box) : pages[(token0 >> p.page_shift) + box];
+            if (elect_one()) {
+              const int at = box << box_shift;
+              mla_bulk_load(to + at * Shape::TokenBytes, p.k + from * page_bytes + slot * Shape::TokenBytes,
+                            min(tokens - at, 1 << box_shift) * Shape::TokenBytes, full, policy);
+            }
           }
-        }
-        page = next_page;
-        if (++stage == Shape::Stages) {
-          stage = 0;
-          phase ^= 1;
-        }
-      }
-    }
+        });
   }
 
   ATTNKIT_DEVICE void run_pieces(Walker<T>& walker) {

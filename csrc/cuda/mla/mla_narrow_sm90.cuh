@@ -42,26 +42,15 @@ struct MlaShared {
 // One warp for the latent part of the tiles, one for the rope part and q. Two, because with one rope buffer the latent
 // part runs ahead of it.
 template <class Shape>
-struct MlaProducer {
+struct MlaProducer : MlaBoxes<Shape::T> {
   static constexpr int T = Shape::T;
+  using Boxes = MlaBoxes<T>;
+  using Boxes::p, Boxes::lane, Boxes::box_shift, Boxes::boxes;
 
-  const DecodeParams& p;
   const MlaShared& shared;
-  int lane, box_shift, boxes;  // tokens in a box: 2^box_shift; boxes of a plane of a tile
   u64 policy;
 
-  ATTNKIT_DEVICE MlaProducer(const DecodeParams& params, const MlaShared& s) : p(params), shared(s) {
-    lane = threadIdx.x & 31;
-    box_shift = min(p.page_shift, 6);
-    boxes = T >> box_shift;
-    policy = evict_first_policy();
-  }
-
-  // The page of this lane's box of a tile; 0 where the box holds no visible key: its table entry may be garbage.
-  ATTNKIT_DEVICE int page_of(const Piece& piece, const int* pages, int tile) const {
-    const int token = tile * T + ((lane & (boxes - 1)) << box_shift);
-    return token < piece.length && token + (1 << box_shift) > piece.low ? pages[token >> p.page_shift] : 0;
-  }
+  ATTNKIT_DEVICE MlaProducer(const DecodeParams& params, const MlaShared& s) : Boxes(params), shared(s) { policy = evict_first_policy(); }
 
   // The boxes of ``Planes`` planes, from ``plane`` on, that hold visible keys.
   template <int Planes>
@@ -93,54 +82,32 @@ struct MlaProducer {
   }
 
   ATTNKIT_DEVICE void run_latents(Walker<T>& walker) {
-    Piece piece;
-    int stage = 0, phase = 1;
-    while (walker.next(piece)) {
-      const int* pages = p.pages + piece.b * p.pages_b;
-      int page = page_of(piece, pages, piece.tile);
+    Boxes::template each_tile<Shape::Stages, Piece>(
+        walker, [](Piece&) {},
+        [&](const Piece& piece, const int* pages, int tile, int page, int stage, int phase) {
+          const u32 to = shared.ring + stage * Shape::StageBytes;
 #pragma unroll 1
-      for (int tile = piece.tile; tile < piece.tile + piece.tiles; ++tile) {
-        const int next_page = page_of(piece, pages, tile + 1);
-        const u32 to = shared.ring + stage * Shape::StageBytes;
-#pragma unroll 1
-        for (int part = 0; part < Shape::Parts; ++part) {
-          const int barrier = 8 * (stage * Shape::Parts + part), plane = part * Shape::PartPlanes;
-          mbarrier_wait(shared.empty + barrier, phase);
-          load_planes<Shape::PartPlanes>(piece, pages, tile * T, page, plane, to + plane * Shape::PlaneBytes, shared.full + barrier);
-        }
-        page = next_page;
-        if (++stage == Shape::Stages) {
-          stage = 0;
-          phase ^= 1;
-        }
-      }
-    }
+          for (int part = 0; part < Shape::Parts; ++part) {
+            const int barrier = 8 * (stage * Shape::Parts + part), plane = part * Shape::PartPlanes;
+            mbarrier_wait(shared.empty + barrier, phase);
+            load_planes<Shape::PartPlanes>(piece, pages, tile * T, page, plane, to + plane * Shape::PlaneBytes, shared.full + barrier);
+          }
+        });
   }
 
   ATTNKIT_DEVICE void run_ropes(Walker<T>& walker) {
-    MlaPart piece;
-    int stage = 0, phase = 1, pieces = 0;
-    while (walker.next(piece)) {
-      piece.find_waiting(walker);
-      const int* pages = p.pages + piece.b * p.pages_b;
-      int page = page_of(piece, pages, piece.tile);
-#pragma unroll 1
-      for (int tile = piece.tile; tile < piece.tile + piece.tiles; ++tile) {
-        const int next_page = page_of(piece, pages, tile + 1);
-        if (tile == piece.tile) {
-          mbarrier_wait(shared.q_empty, (pieces++ & 1) ^ 1);
-          load_q(piece);
-        }
-        mbarrier_wait(shared.rope_empty + 8 * stage, phase);
-        load_planes<Shape::RopePlanes>(piece, pages, tile * T, page, Shape::Planes, shared.ropes + stage * Shape::RopeBytes,
-                                       shared.rope_full + 8 * stage);
-        page = next_page;
-        if (++stage == Shape::Ropes) {
-          stage = 0;
-          phase ^= 1;
-        }
-      }
-    }
+    int pieces = 0;
+    Boxes::template each_tile<Shape::Ropes, MlaPart>(
+        walker, [&](MlaPart& piece) { piece.find_waiting(walker); },
+        [&](const MlaPart& piece, const int* pages, int tile, int page, int stage, int phase) {
+          if (tile == piece.tile) {
+            mbarrier_wait(shared.q_empty, (pieces++ & 1) ^ 1);
+            load_q(piece);
+          }
+          mbarrier_wait(shared.rope_empty + 8 * stage, phase);
+          load_planes<Shape::RopePlanes>(piece, pages, tile * T, page, Shape::Planes, shared.ropes + stage * Shape::RopeBytes,
+                                         shared.rope_full + 8 * stage);
+        });
     mbarrier_wait(shared.q_empty, (pieces & 1) ^ 1);
     if (lane == 0) {
       shared.piece->tiles = 0;

@@ -11,6 +11,7 @@ from attnkit.backends.cuda.builds import (
     gemm,
     gemm_skinny,
     mla_narrow,
+    mla_short,
     mla_wide,
     mla_wide_fp8,
     prefill,
@@ -20,7 +21,7 @@ from attnkit.backends.cuda.builds import (
 from attnkit.backends.cuda.images import Variant
 
 #: Modules with a shipped() of their own, besides decode's.
-FAMILIES = (cache, gemm, gemm_skinny, mla_narrow, mla_wide, mla_wide_fp8, prefill, quantize, sampling)
+FAMILIES = (cache, gemm, gemm_skinny, mla_narrow, mla_short, mla_wide, mla_wide_fp8, prefill, quantize, sampling)
 
 
 def shipped() -> list[Variant]:
