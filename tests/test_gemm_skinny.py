@@ -148,7 +148,7 @@ def test_every_tile_and_split_matches_float64(width, tall, splits, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])
 def test_several_tiles_a_cta(dtype):
     """More tiles than multiprocessors: the ring and the sums of one tile go on into the next."""
-    for M, width, tall in ((1, 64, False), (33, 96, False), (64, 64, False), (64, 64, True), (100, 80, True)):
+    for M, width, tall in ((1, 64, False), (33, 96, False), (64, 64, False), (64, 64, True)):
         a, w, a_scale, w_scale = inputs(M, 300 * 64 + 5, 784, dtype)
         config = SkinnyConfig(width, 1, 1, 4, 2, tall)
         close(a, w, a_scale, w_scale, None, run(a, w, a_scale, w_scale, config, out_dtype=torch.float16))
