@@ -104,7 +104,7 @@ def _around(receipt: dict[str, Any]) -> list[str]:
         theirs = calls.get("of the quickest library's, us", {}).get("paged_decode")
         beside = f" (the quickest peer's, planned before: {theirs:.0f} us)" if theirs else ""
         lines.append(
-            f"On empty caches the slowest first call of {len(first)} ops takes {seconds:.1f} s ({op});"
+            f"On empty caches the slowest first call of {len(first)} ops takes {seconds * 1e3:.0f} ms ({op});"
             f" an eager `paged_decode` costs the host {host['paged_decode']:.0f} us{beside}."
         )
     batch = next((e for e in receipt["engine"] if "-B8-" in e["case"]), None)
