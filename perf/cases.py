@@ -40,6 +40,8 @@ def _prefill() -> list[Case]:
         Prefill(B=4, L=4096, Hq=32, Hkv=8, sinks=True),
         Prefill(B=4, L=4096, Hq=32, Hkv=8),
         Prefill(B=4, n=512, L=8192, Hq=32, Hkv=8, kv="fp8"),
+        Prefill(B=16, L=1024, Hq=32, Hkv=8, kv="fp8"),
+        Prefill(B=4, L=4096, Hq=32, Hkv=8, D=64, kv="fp8"),
     ]
     return [*long, *short, *ragged, *heads, *chunks, *options]
 
@@ -135,6 +137,7 @@ def _sampling() -> list[Case]:
     others = [
         Sample(B=128, V=151936, top_k=50, top_p=0.9, min_p=0.05),
         Sample(B=256, V=151936, top_p=0.9),
+        *(Sample(B=128, V=131072, top_p=p) for p in (0.5, 0.9, 0.99)),
         Sample(B=128, V=131072, min_p=0.05),
         Sample(B=128, V=131072, top_k=50, top_p=0.9, penalties=True),
         Sample(B=128, V=131072, top_k=50, top_p=0.9, dtype="bf16"),
