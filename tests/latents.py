@@ -88,3 +88,33 @@ def compare(call: Callable[..., Any], x: Latents, **more: Any) -> None:
     want, plain = x.truth(), x.plain()
     assert_close(out, want[0], plain[0])
     assert_close(lse, want[1], plain[1], "lse")
+
+
+def check_replays(call: Callable[..., Any], x: Latents) -> None:
+    """A captured call of three sequences, the second of 500 tokens and the third of one, replayed with other lens."""
+    out = torch.empty_like(x.q[..., : x.C])
+    call(x.q, x.kv, x.table, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(x.q, x.kv, x.table, out=out)
+    longest = int(x.table.lens[0])
+    for lens in ([longest, 500, 1], [17, 500, 0], [longest - 1, 1, 1], [0, 0, 0], [longest, 500, 1]):
+        x.table.lens.copy_(torch.tensor(lens))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, call(x.q, x.kv, x.table))
+        assert not out.isnan().any()
+
+
+def check_nan_stays(call: Callable[..., Any], x: Latents) -> None:
+    """NaN in a page of the first sequence reaches no other."""
+    first = call(x.q, x.kv, x.table)
+    x.kv[x.table.pages[0, 3].long()] = 0xFF if x.kv.dtype == torch.uint8 else float("nan")
+    second = call(x.q, x.kv, x.table)
+    assert second[0].isnan().all() and torch.equal(second[1], first[1])
+
+
+def check_repeats(call: Callable[..., Any], x: Latents) -> None:
+    first = call(x.q, x.kv, x.table)
+    for _ in range(250):
+        assert torch.equal(call(x.q, x.kv, x.table), first)

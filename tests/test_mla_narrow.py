@@ -111,28 +111,12 @@ def test_batch_invariance(fp8):
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_a_graph_replays_with_other_lengths(fp8):
-    x = latents.make((3000, 500, 1), "cuda", S=64, fp8=fp8)
-    out = torch.empty_like(x.q[..., :512])
-    call(x.q, x.kv, x.table, out=out)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(x.q, x.kv, x.table, out=out)
-    full = x.table.lens.clone()
-    for lens in ([3000, 500, 1], [17, 500, 0], [2999, 1, 1], [3000, 500, 1]):
-        x.table.lens.copy_(torch.tensor(lens))
-        out.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, call(x.q, x.kv, x.table))
-    assert torch.equal(x.table.lens, full)
+    latents.check_replays(call, latents.make((3000, 500, 1), "cuda", S=64, fp8=fp8))
 
 
 @pytest.mark.gpu
 def test_nan_of_one_sequence_stays_there():
-    x = latents.make((700, 300), "cuda", S=64)
-    first = call(x.q, x.kv, x.table)
-    x.kv[x.table.pages[0, 3].long()] = float("nan")
-    second = call(x.q, x.kv, x.table)
-    assert second[0].isnan().all() and torch.equal(second[1], first[1])
+    latents.check_nan_stays(call, latents.make((700, 300), "cuda", S=64))
 
 
 @pytest.mark.gpu

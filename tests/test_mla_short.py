@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import attnkit
-from attnkit import PageTable, workspace
+from attnkit import PageTable
 from attnkit.backends.cuda.builds import mla_short as builds
 from attnkit.backends.cuda.builds.mla_narrow import SMEM
-from attnkit.configs.mla_wide_cuda import CudaConfig
 from tests import inputs, latents
 from tests.test_mla_wide import BASE as WIDE
-from tests.test_mla_wide import C, R, attend, compare, same_bits
+from tests.test_mla_wide import C, R, check_impatient, compare
 
 KERNEL = "cuda_sm90_short"
 BASE = replace(WIDE, lens=(700, 0, 1, 64, 65, 129, 1000))
@@ -90,37 +89,19 @@ def test_fp8_matches_float64(name):
 
 @pytest.mark.gpu
 def test_fp8_nan_of_one_sequence_stays_there():
-    x = make_fp8(lens=(700, 300), S=64)
-    first = call(x.q, x.kv, x.table)
-    x.kv[x.table.pages[0, 3].long()] = 0xFF
-    second = call(x.q, x.kv, x.table)
-    assert second[0].isnan().all() and torch.equal(second[1], first[1])
+    latents.check_nan_stays(call, make_fp8(lens=(700, 300), S=64))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_graph_replays_with_other_lengths(fp8):
-    x = latents.make(H=128, lens=(2600, 500, 1), S=64, fp8=fp8, device="cuda")
-    out = torch.empty_like(x.q[..., :C])
-    call(x.q, x.kv, x.table, out=out)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(x.q, x.kv, x.table, out=out)
-    for lens in ([2600, 500, 1], [17, 500, 0], [2599, 1, 1], [0, 0, 0], [2600, 500, 1]):
-        x.table.lens.copy_(torch.tensor(lens))
-        out.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, call(x.q, x.kv, x.table))
-        assert not out.isnan().any()
+    latents.check_replays(call, latents.make(H=128, lens=(2600, 500, 1), S=64, fp8=fp8, device="cuda"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True])
 def test_repeats_are_bit_equal(fp8):
-    x = latents.make(H=128, lens=(1, 700, 1200, 64, 0, 130), S=64, fp8=fp8, device="cuda")
-    first = call(x.q, x.kv, x.table)
-    for _ in range(250):
-        assert torch.equal(call(x.q, x.kv, x.table), first)
+    latents.check_repeats(call, latents.make(H=128, lens=(1, 700, 1200, 64, 0, 130), S=64, fp8=fp8, device="cuda"))
 
 
 @pytest.mark.gpu
@@ -136,13 +117,7 @@ def test_sums_that_f16_does_not_hold(lens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lens", [(8192,), (6000,), (2600, 140, 40)], ids=len)
 def test_who_does_not_wait_gets_the_same_bits(lens):
-    """With no patience the last piece to come adds up every row; counters are zero again after that."""
-    x = inputs.make(replace(BASE, lens=lens), "cuda")
-    out, lse = attend(x, KERNEL)
-    for _ in range(20):
-        hurried = attend(x, KERNEL, config=CudaConfig(patience=0))
-        assert same_bits(out, hurried[0]) and same_bits(lse, hurried[1])
-    assert all(int(held.count_nonzero()) == 0 for held in workspace._eager_counters.values())
+    check_impatient(inputs.make(replace(BASE, lens=lens), "cuda"), KERNEL)
 
 
 @pytest.mark.gpu

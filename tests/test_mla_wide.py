@@ -66,6 +66,15 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def check_impatient(x, kernel: str = KERNEL) -> None:
+    """With no patience the last piece to come adds up all the sums; counters are zero again after that."""
+    out, lse = attend(x, kernel)
+    for _ in range(20):
+        hurried = attend(x, kernel, config=CudaConfig(patience=0))
+        assert same_bits(out, hurried[0]) and same_bits(lse, hurried[1])
+    assert all(int(held.count_nonzero()) == 0 for held in workspace._eager_counters.values())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_matches_float64(case):
@@ -85,13 +94,7 @@ def test_sums_that_f16_does_not_hold(lens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lens", [(6000,), (3000, 2900, 40), (4000,) * 9], ids=len)
 def test_who_does_not_wait_gets_the_same_bits(lens):
-    """With no patience the last piece to come adds up every column; counters are zero again after that."""
-    x = inputs.make(replace(BASE, lens=lens), "cuda")
-    out, lse = attend(x)
-    for _ in range(20):
-        hurried = attend(x, config=CudaConfig(patience=0))
-        assert same_bits(out, hurried[0]) and same_bits(lse, hurried[1])
-    assert all(int(held.count_nonzero()) == 0 for held in workspace._eager_counters.values())
+    check_impatient(inputs.make(replace(BASE, lens=lens), "cuda"))
 
 
 @pytest.mark.gpu

@@ -73,35 +73,17 @@ def test_who_does_not_wait_gets_the_same_bits(lens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("H", [64, 128])
 def test_repeats_are_bit_equal(H):
-    x = make((1, 700, 3000, 64, 9000, 0, 130), S=64, H=H)
-    first = call(x.q, x.kv, x.table)
-    for _ in range(250):
-        assert torch.equal(call(x.q, x.kv, x.table), first)
+    latents.check_repeats(call, make((1, 700, 3000, 64, 9000, 0, 130), S=64, H=H))
 
 
 @pytest.mark.gpu
 def test_a_graph_replays_with_other_lengths():
-    x = make((3000, 500, 1), S=64)
-    out = torch.empty_like(x.q[..., :512])
-    call(x.q, x.kv, x.table, out=out)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(x.q, x.kv, x.table, out=out)
-    for lens in ([3000, 500, 1], [17, 500, 0], [2999, 1, 1], [0, 0, 0], [3000, 500, 1]):
-        x.table.lens.copy_(torch.tensor(lens))
-        out.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, call(x.q, x.kv, x.table))
-        assert not out.isnan().any()
+    latents.check_replays(call, make((3000, 500, 1), S=64))
 
 
 @pytest.mark.gpu
 def test_nan_of_one_sequence_stays_there():
-    x = make((700, 300), S=64)
-    first = call(x.q, x.kv, x.table)
-    x.kv[x.table.pages[0, 3].long()] = 0xFF
-    second = call(x.q, x.kv, x.table)
-    assert second[0].isnan().all() and torch.equal(second[1], first[1])
+    latents.check_nan_stays(call, make((700, 300), S=64))
 
 
 @pytest.mark.gpu
