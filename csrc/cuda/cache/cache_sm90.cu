@@ -1,5 +1,5 @@
 // write_kv and merge_states: 16 bytes a thread. Both are small beside a launch, so one launch is all they are.
-#include "e4m3.cuh"
+#include "../common/e4m3.cuh"
 
 namespace attnkit {
 

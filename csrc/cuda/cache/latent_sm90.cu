@@ -1,5 +1,5 @@
 // write_latent: a warp quantises one token of DeepSeek's latent cache, 16 bytes a lane and store.
-#include "e4m3.cuh"
+#include "../common/e4m3.cuh"
 
 namespace attnkit {
 

@@ -11,6 +11,7 @@
 //
 // Tokens of a page are contiguous, so a box of them is one bulk copy; rows of 41 x 16 bytes need no swizzle.
 #pragma once
+#include "../common/e4m3.cuh"
 #include "mla_narrow_common.cuh"
 
 namespace attnkit {
@@ -94,12 +95,6 @@ struct MlaFp8Producer : MlaBoxes<Shape::T> {
   }
 };
 
-ATTNKIT_DEVICE u32 e4m3_pair(float lo, float hi) {
-  u16 r;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
-  return r;
-}
-
 ATTNKIT_DEVICE void store_shared_16(u32 to, const u32 (&x)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
@@ -168,10 +163,10 @@ struct MlaFp8Weigher {
         for (int j = 0; j < 4; ++j) {
           float2 v = unpack((&x[0].x)[j], true);
           v.x *= down, v.y *= down;
-          const u32 near = e4m3_pair(v.x, v.y);
+          const u32 near = pack_e4m3(v.x, v.y);
           const float2 got = unpack(e4m3x2_to_f16x2(static_cast<u16>(near)), false);
           high[j / 2] |= near << 16 * (j & 1);
-          low[j / 2] |= e4m3_pair((v.x - got.x) * 16.f, (v.y - got.y) * 16.f) << 16 * (j & 1);
+          low[j / 2] |= pack_e4m3((v.x - got.x) * 16.f, (v.y - got.y) * 16.f) << 16 * (j & 1);
         }
 #pragma unroll
         for (int i = 0; i < 7; ++i) x[i] = x[i + 1];

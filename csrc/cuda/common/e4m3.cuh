@@ -1,6 +1,6 @@
-// Rounding to e4m3, as every writer of a cache does it: halves to even, clamped to +-448, NaN kept.
+// Rounding to e4m3 as everyone here does it: halves to even, clamped to +-448, NaN kept.
 #pragma once
-#include "../common/convert.cuh"
+#include "convert.cuh"
 
 namespace attnkit {
 
