@@ -10,6 +10,7 @@ import torch
 
 import attnkit
 from attnkit import arch, reference
+from attnkit.backends.cuda import images
 from attnkit.configs import quantize as configs
 from attnkit.quantize import KERNELS, RMS_NORM_KERNELS, SILU_MUL_KERNELS
 from attnkit.signature import QuantSig, RmsNormQuantSig, SiluMulQuantSig
@@ -20,7 +21,7 @@ OUT = pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["
 IN = pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 #: M, K, and what a row has in memory beyond K. On the GPU the last rows exceed what one CTA's registers hold.
 SHAPES = [(1, 8, 0), (9, 275, 25), (5, 264, 8), (3, 1024, 0), (2, 20000, 16)]
-LARGE = [(4096, 4096, 0), (300, 14336, 0), (257, 3584, 64), (64, 53248, 0), (7, 40008, 8)]
+LARGE = [(4096, 4096, 0), (300, 14336, 0), (257, 3584, 64), (9, 24576, 16), (64, 53248, 0), (7, 40008, 8)]
 NAN = float("nan")
 
 
@@ -279,6 +280,43 @@ def test_a_captured_graph_replays_with_other_values():
     for got, want in zip(captured, run()):
         assert torch.equal(got, want)
     assert torch.equal(r, after)
+
+
+def test_no_load_may_pass_the_wait_for_the_previous_grid():
+    """ptxas takes what is declared constant to before griddepcontrol.wait, where it may not be written yet."""
+    text = images.flatten(images.source_dir() / "quantize" / "quantize_sm90.cu")
+    code = re.sub(r"//.*", "", text)
+    assert "ld.global." in code and "ld.global.nc" not in code and "__ldg" not in code
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 64, 256])
+def test_rows_are_read_when_the_kernel_before_has_written_them(M):
+    """A product lets what follows start before it has stored anything: no form may load a row before its wait."""
+    g = torch.Generator(device="cuda").manual_seed(M)
+    a, w = (torch.randint(-127, 128, (rows, 4096), generator=g, dtype=torch.int8, device="cuda") for rows in (M, 8192))
+    a_scale, w_scale = torch.rand(M, generator=g, device="cuda"), torch.rand(8192, generator=g, device="cuda")
+    weight = torch.randn(8192, generator=g, device="cuda").bfloat16()
+    forms = (attnkit.quantize_per_token, lambda y: attnkit.rms_norm_quantize(y, weight, 1e-6), attnkit.silu_mul_quantize)
+
+    def run():
+        products, quantised = [], []
+        for form in forms:
+            products.append(attnkit.w8a8_gemm(a, w, a_scale, w_scale))
+            quantised.append(form(products[-1]))
+        return products, quantised
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        products, quantised = run()
+    for _ in range(3):
+        a.random_(-127, 128, generator=g)
+        graph.replay()
+        torch.cuda.synchronize()
+        for form, y, got in zip(forms, products, quantised):
+            want = form(y)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 @pytest.mark.gpu

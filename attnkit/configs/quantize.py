@@ -69,23 +69,32 @@ def why_not(sig: Any, config: CudaConfig) -> str | None:
         return f"warps x rows is {config.warps} x {config.rows}, wanted at most {most} warps and 15 rows"
     if config.rows > 1 and config.warps > 1 and not config.slots:
         return f"rows is {config.rows} of several warps, wanted 1 without slots"
-    if builds.paired(form_of(sig), TYPE[sig.dtype], config.chunks) and (sig.K % (2 * builds.CHUNK) or config.ctas):
+    pairs = builds.paired(form_of(sig), TYPE[sig.dtype], config.chunks) and holds(sig, config)
+    if pairs and (sig.K % (2 * builds.CHUNK) or config.ctas):
         return f"K is {sig.K} and ctas {config.ctas}, wanted a multiple of {2 * builds.CHUNK} and 0 for plain rows in pairs"
     if not holds(sig, config) and (config.slots or config.chunks != builds.long_chunks(TYPE[sig.dtype])):
         return f"K is {sig.K}, more than {config.warps} warps with {config.chunks} chunks a thread hold"
     return None
 
 
+def longest(form: int, code: int, chunks: int) -> int:
+    """Values of a row that a CTA with so many chunks a thread holds."""
+    return builds.most_warps(form, code, chunks) * chunks * 32 * builds.CHUNK
+
+
 def config_for(sig: Sig, chunks: int, ctas: int = 0, rows: int = 4) -> CudaConfig:
     """As many warps as it takes for threads of ``chunks`` to hold a row, or as many as a CTA may have."""
     form, code = form_of(sig), TYPE[sig.dtype]
-    pairs = builds.paired(form, code, chunks)
-    if sig.K > builds.most_warps(form, code, chunks) * builds.CHUNK * chunks * 32 or (pairs and sig.K % (2 * builds.CHUNK)):
+    if sig.K > longest(form, code, chunks):
         chunks = builds.long_chunks(code)
+    if builds.paired(form, code, chunks) and sig.K % (2 * builds.CHUNK) and sig.K <= longest(form, code, 8):
+        chunks = 8
     warps = max(1, min(builds.most_warps(form, code, chunks), -(-sig.K // (builds.CHUNK * chunks * 32))))
     return CudaConfig(chunks, warps, rows if warps == 1 else 1, ctas)
 
 
+#: Values of a plain row beyond which a thread has two pairs of chunks: with one, too few rows share a multiprocessor.
+ONE_PAIR = 8192
 #: Bytes read and written above which codes (and a sum) are not to displace what else L2 holds.
 PASSING = 24 << 20
 
@@ -98,21 +107,21 @@ def passing(sig: Any) -> bool:
 
 
 def default(sig: Sig, arch: Arch) -> CudaConfig:
-    """Plain rows: pairs, where they fit. Few others: many threads each. Many: more loads in flight a thread; and where a thread
+    """Plain rows: pairs of chunks. Few others: many threads each. Many: more loads in flight a thread; and where a thread
     has more to compute than to wait for (a gate, a norm without a residual to write), a ring that loads ahead."""
     form, code = form_of(sig), TYPE[sig.dtype]
-    longest = builds.most_warps(form, code, 2) * 2 * 32 * builds.CHUNK
-    pairs = builds.paired(form, code, 2) and sig.K <= longest and sig.K % (2 * builds.CHUNK) == 0
-    if not pairs and sig.M <= 2 * arch.sms and sig.K <= builds.most_warps(form, code, 1) * 32 * builds.CHUNK:
+    held = [c for c in (1, 2, 4) if sig.K <= longest(form, code, c)]
+    if builds.paired(form, code, 2) and sig.K % (2 * builds.CHUNK) == 0:
+        return config_for(sig, 2 if sig.K <= ONE_PAIR else 4 if 4 in held else 8)
+    if sig.M <= 2 * arch.sms and 1 in held:
         return config_for(sig, 1)
-    if pairs or code == builds.F32 or (sig.M <= 12 * arch.sms and sig.K <= longest):
+    if code == builds.F32 or (sig.M <= 12 * arch.sms and 2 in held):
         return config_for(sig, 2)
     if sig.M >= 4 * arch.sms and (form == builds.SILU_MUL or (form == builds.RMS_NORM and not has_residual(sig))):
         found = streamed(sig)
         if found is not None:
             return found
-    longest = builds.most_warps(form, code, 4) * 4 * 32 * builds.CHUNK
-    return config_for(sig, 8 if form == builds.PLAIN and sig.K > longest else 4)
+    return config_for(sig, 8 if form == builds.PLAIN and 4 not in held else 4)
 
 
 def streamed(sig: Any) -> CudaConfig | None:

@@ -7,9 +7,9 @@
   extern "C" __global__ void __launch_bounds__(threads, ctas) name(const __grid_constant__ attnkit::QuantizeParams p) { \
     attnkit::quantize<ATTNKIT_FORM, ATTNKIT_X, int8, chunks, attnkit::way>(p);                                          \
   }
-#define ATTNKIT_QUANTIZE_PAIRS(name, int8)                                                                        \
-  extern "C" __global__ void __launch_bounds__(1024, 2) name(const __grid_constant__ attnkit::QuantizeParams p) { \
-    attnkit::quantize_pairs<ATTNKIT_X, int8>(p);                                                                  \
+#define ATTNKIT_QUANTIZE_PAIRS(name, int8, pairs, threads, ctas)                                                        \
+  extern "C" __global__ void __launch_bounds__(threads, ctas) name(const __grid_constant__ attnkit::QuantizeParams p) { \
+    attnkit::quantize_pairs<ATTNKIT_X, int8, pairs>(p);                                                                 \
   }
 #define ATTNKIT_QUANTIZE_BOTH(suffix, chunks, way, threads, ctas)                    \
   ATTNKIT_QUANTIZE(attnkit_quantize_int8_##suffix, true, chunks, way, threads, ctas) \
@@ -21,11 +21,12 @@ ATTNKIT_QUANTIZE_BOTH(2, 2, kHeld, 512, 1)
 ATTNKIT_QUANTIZE_BOTH(2_long, 2, kLong, 512, 1)
 #elif ATTNKIT_FORM == 0
 ATTNKIT_QUANTIZE_BOTH(1, 1, kHeld, 1024, 2)
-ATTNKIT_QUANTIZE_PAIRS(attnkit_quantize_int8_2, true)
-ATTNKIT_QUANTIZE_PAIRS(attnkit_quantize_e4m3_2, false)
-ATTNKIT_QUANTIZE_BOTH(4, 4, kHeld, 640, 2)  // 48 registers: ten CTAs a multiprocessor for rows of 4096
+ATTNKIT_QUANTIZE_PAIRS(attnkit_quantize_int8_2, true, 1, 1024, 2)
+ATTNKIT_QUANTIZE_PAIRS(attnkit_quantize_e4m3_2, false, 1, 1024, 2)
+ATTNKIT_QUANTIZE_PAIRS(attnkit_quantize_int8_4, true, 2, 768, 2)  // 40 registers: three rows of 14336 a multiprocessor
+ATTNKIT_QUANTIZE_PAIRS(attnkit_quantize_e4m3_4, false, 2, 768, 2)
 ATTNKIT_QUANTIZE_BOTH(8, 8, kHeld, 512, 2)
-ATTNKIT_QUANTIZE_BOTH(4_long, 4, kLong, 512, 1)
+ATTNKIT_QUANTIZE_BOTH(4_long, 4, kLong, 768, 1)
 #elif ATTNKIT_FORM == 1
 ATTNKIT_QUANTIZE_BOTH(1, 1, kHeld, 1024, 1)
 ATTNKIT_QUANTIZE_BOTH(2, 2, kHeld, 512, 1)

@@ -4,7 +4,7 @@
 // read once. At two bytes in and one out a multiprocessor has about 15 instructions for a value before they, and not memory,
 // are the limit: so addresses advance by additions, and a value costs one product and one rounding where that is exact.
 #pragma once
-#include "../common/convert.cuh"
+#include "../common/e4m3.cuh"
 
 namespace attnkit {
 
@@ -29,20 +29,18 @@ constexpr int kLane = 8;  // values in a chunk
 
 // ---- memory: x passes by once, so it stays out of L1; the weight is every row's ----
 
-enum Source : int { kOnce, kWritten, kByRows };
+enum Source : int { kOnce, kByRows };
 
+// Not ld.global.nc, whatever is only read: that may be what the previous grid writes, and ptxas moved such loads to before
+// the wait for it.
 template <int From>
 ATTNKIT_DEVICE void load_16(const char* p, u32* word) {
-  // kWritten: memory that this kernel also writes.
   if constexpr (From == kOnce)
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(p));
-  if constexpr (From == kWritten)
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(p) : "memory");
   if constexpr (From == kByRows)
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(p));
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(p) : "memory");
 }
 
 // Written lines that leave L2 first make room for reads: 6% of a long run. What is read next should stay.
@@ -135,36 +133,58 @@ ATTNKIT_DEVICE float larger(float top, const float (&v)[kLane]) {
   return top;
 }
 
+// What the lanes of a warp have of Chunks sums, added up: lane l has that of sum l / (32 / Chunks).
+template <int Chunks>
+ATTNKIT_DEVICE float over_lanes(float (&sums)[Chunks]) {
+  const u32 lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 16, left = Chunks; step; step /= 2, left /= 2) {
+#pragma unroll
+    for (int i = 0; i < (left > 1 ? left / 2 : 1); ++i) {
+      float theirs = sums[i];
+      if (left > 1 && lane & step)
+        sums[i] = sums[i + left / 2];
+      else if (left > 1)
+        theirs = sums[i + left / 2];
+      sums[i] += __shfl_xor_sync(0xffffffffu, theirs, step);
+    }
+  }
+  return sums[0];
+}
+
 // A row's maximum, and sum where there is one, over the warps of its group; every thread gets both. A barrier by number takes
 // all sixteen of them, of which a multiprocessor has as many as four CTAs may want; so only CTAs of several groups have one.
-template <bool Sums, bool Several>
-ATTNKIT_DEVICE void over_row(u32& top, float& sum, int turn) {
+// How many chunks a thread has depends on M, but not a sum's bits: each 32 neighbouring chunks are added up by themselves.
+template <bool Sums, bool Several, int Chunks>
+ATTNKIT_DEVICE float over_row(u32& top, float (&chunk_sums)[Chunks], int turn) {
   __shared__ u32 tops[2][32];
-  __shared__ float sums[2][32];
+  __shared__ float sums[2][64];
+  const u32 warps = blockDim.x / 32, lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = threadIdx.y * warps;
   top = __reduce_max_sync(0xffffffffu, top);
-  if constexpr (Sums) {
+  float sum = 0.0f;
+  if constexpr (Sums) sum = over_lanes(chunk_sums);
+  if (warps == 1) {
+    if constexpr (Sums) {
 #pragma unroll
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      for (int step = 16; step >= 32 / Chunks; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    }
+    return sum;
   }
-  const u32 warps = blockDim.x / 32;
-  if (warps == 1) return;
-  const u32 lane = threadIdx.x % 32, first = threadIdx.y * warps;
-  if (lane == 0) {
-    tops[turn][first + threadIdx.x / 32] = top;
-    if constexpr (Sums) sums[turn][first + threadIdx.x / 32] = sum;
-  }
+  if (lane == 0) tops[turn][first + warp] = top;
+  if (Sums && lane % (32 / Chunks) == 0) sums[turn][first * Chunks + lane / (32 / Chunks) * warps + warp] = sum;
   if constexpr (Several)
     named_barrier(1 + threadIdx.y, blockDim.x);
   else
     __syncthreads();
   top = __reduce_max_sync(0xffffffffu, lane < warps ? tops[turn][first + lane] : 0);
   if constexpr (Sums) {
-    sum = lane < warps ? sums[turn][first + lane] : 0.0f;
+    const float* mine = sums[turn] + first * Chunks;
+    sum = lane < warps * Chunks ? mine[lane] : 0.0f;
+    if (lane + 32 < warps * Chunks) sum += mine[lane + 32];
 #pragma unroll
-    for (int step = 16; step; step /= 2)
-      if (step < warps) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    sum = __shfl_sync(0xffffffffu, sum, 0);
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   }
+  return sum;
 }
 
 // ---- values to codes ----
@@ -177,10 +197,7 @@ ATTNKIT_DEVICE u32 low_bytes(const float* t) {
 }
 
 ATTNKIT_DEVICE u32 to_e4m3(const float* q) {
-  u16 lo, hi;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(lo) : "f"(q[1]), "f"(q[0]));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(hi) : "f"(q[3]), "f"(q[2]));
-  return lo | static_cast<u32>(hi) << 16;
+  return pack_e4m3(q[0], q[1]) | pack_e4m3(q[2], q[3]) << 16;
 }
 
 // The codes of a row whose scale has an inverse far from the ends of float32.
@@ -264,7 +281,8 @@ struct Row {
     prefetch_l2(x + step(c));
     if constexpr (FormOf == kSiluMul) prefetch_l2(up + step(c));
     if constexpr (FormOf == kRmsNorm) {
-      prefetch_l2(weight + step(c));
+      // By one CTA: asked for by all of them, these few lines held 1024 rows up by a microsecond.
+      if (blockIdx.x == 0) prefetch_l2(weight + step(c));
       if (residual) prefetch_l2(residual + step(c));
     }
   }
@@ -274,7 +292,7 @@ struct Row {
     a.template load<kOnce>(x + step(c));
     if constexpr (FormOf == kSiluMul) b.template load<kOnce>(up + step(c));
     if constexpr (FormOf == kRmsNorm)
-      if (residual) b.template load<kWritten>(residual + step(c));
+      if (residual) b.template load<kOnce>(residual + step(c));
   }
 
   // The sum becomes the residual, and a.
@@ -292,15 +310,16 @@ struct Row {
     if constexpr (FormOf == kRmsNorm) w.template load<kByRows>(weight + step(c));
   }
 
-  // What is quantised, without the norm's root. Squares are added to `sum`.
-  ATTNKIT_DEVICE void values(const Part& a, const Part& b, const Part& w, float (&v)[kLane], float& sum) const {
+  // What is quantised, without the norm's root. `squares`: the sum of the chunk's.
+  ATTNKIT_DEVICE void values(const Part& a, const Part& b, const Part& w, float (&v)[kLane], float& squares) const {
     a.widen(v);
+    squares = 0.0f;
     if constexpr (FormOf == kRmsNorm) {
       float factor[kLane];
       w.widen(factor);
 #pragma unroll
       for (int i = 0; i < kLane; ++i) {
-        sum = __fmaf_rn(v[i], v[i], sum);
+        squares = __fmaf_rn(v[i], v[i], squares);
         v[i] *= factor[i];
       }
     }
@@ -316,11 +335,8 @@ struct Row {
   // The same from memory, once the row has been read and its residual written.
   ATTNKIT_DEVICE void values_again(i64 c, float (&v)[kLane]) const {
     Part a, b, w;
-    float ignored = 0.0f;
-    if (FormOf == kRmsNorm && residual)
-      a.template load<kWritten>(residual + step(c));
-    else
-      a.template load<kOnce>(x + step(c));
+    float ignored;
+    a.template load<kOnce>((FormOf == kRmsNorm && residual ? residual : x) + step(c));
     if constexpr (FormOf == kSiluMul) b.template load<kOnce>(up + step(c));
     read_weight(w, c);
     values(a, b, w, v, ignored);
@@ -457,7 +473,7 @@ ATTNKIT_DEVICE void quantize(const QuantizeParams& p) {
         if (c * step + place < p.chunks) row.read_weight(w[c], c);
     }
     u32 top = 0;
-    float sum = 0.0f, peak = 0.0f;
+    float peak = 0.0f, squares[Chunks] = {};
     if constexpr (FormOf == kPlain) {
 #pragma unroll
       for (int c = 0; c < Chunks; ++c)
@@ -468,7 +484,7 @@ ATTNKIT_DEVICE void quantize(const QuantizeParams& p) {
       for (int c = 0; c < Chunks; ++c) {
         if (c * step + place >= p.chunks) continue;
         if (FormOf == kRmsNorm && row.residual) row.add(a[c], b[c], c, p.passing);
-        row.values(a[c], b[c], w[c], kept[c], sum);
+        row.values(a[c], b[c], w[c], kept[c], squares[c]);
         peak = larger(peak, kept[c]);
       }
     }
@@ -476,17 +492,18 @@ ATTNKIT_DEVICE void quantize(const QuantizeParams& p) {
 #pragma unroll 1
       for (i64 c = Chunks; c * step + place < p.chunks; ++c) {
         Chunk<Type> far_a, far_b, far_w;
-        float v[kLane];
+        float v[kLane], more;
         row.read(far_a, far_b, c);
         row.read_weight(far_w, c);
         if (FormOf == kRmsNorm && row.residual) row.add(far_a, far_b, c, p.passing);
-        row.values(far_a, far_b, far_w, v, sum);
+        row.values(far_a, far_b, far_w, v, more);
+        squares[0] += more;
         peak = larger(peak, v);
       }
     }
     top = max(top, __float_as_uint(peak));
 
-    over_row<FormOf == kRmsNorm, Streamed>(top, sum, turn);
+    const float sum = over_row<FormOf == kRmsNorm, Streamed>(top, squares, turn);
     if constexpr (Streamed) {
       // Every thread of the group has what it needs of this slot.
       if (place == 0 && m + p.slots * stride < p.M) ring.fill(Row<FormOf, Type>(p, m + p.slots * stride), slot);
@@ -524,39 +541,53 @@ ATTNKIT_DEVICE void quantize(const QuantizeParams& p) {
   }
 }
 
-// Plain 16-bit rows whose K is a multiple of 16, a CTA (or a warp of one) each: a thread has two neighbouring chunks, so that
-// its codes are one store of 16 bytes. A line's other half is its neighbour instruction's, so loads may stay in L1; and 32
-// registers leave room for twice the rows of `quantize`.
-template <int Type, bool Int8>
+// Plain 16-bit rows whose K is a multiple of 16, a CTA (or a warp of one) each: a thread has pairs of neighbouring chunks, so
+// that its codes are stores of 16 bytes. A line's other half is its neighbour instruction's, so loads may stay in L1; and 32
+// or 40 registers leave room for twice the rows of `quantize`.
+template <int Type, bool Int8, int Pairs>
 ATTNKIT_DEVICE void quantize_pairs(const QuantizeParams& p) {
   constexpr int Bytes = Chunk<Type>::kBytes;
   const i64 m = blockIdx.x + static_cast<i64>(gridDim.x) * threadIdx.y;
-  const bool mine = 2 * threadIdx.x < p.chunks && m < p.M;
+  const int chunks = m < p.M ? p.chunks : 0;
   const char* x = p.x + m * p.x_row + threadIdx.x * (2 * Bytes);
+  const u32 step = blockDim.x * (2 * Bytes), place = 2 * threadIdx.x;  // pair i: chunk 2 * i * blockDim.x + place
   launch_dependents();
-  if (blockIdx.x < p.ahead && mine && threadIdx.x % (128 / (2 * Bytes)) == 0) prefetch_l2(x);
-  wait_for_previous_grid();
-  Chunk<Type> a, b;
-  u32 top = 0;
-  float none = 0.0f;
-  if (mine) {
-    a.template load<kByRows>(x);
-    b.template load<kByRows>(x + Bytes);
-    top = finish<Type>(larger(larger(top, a), b));
+  if (blockIdx.x < p.ahead && threadIdx.x % (128 / (2 * Bytes)) == 0) {
+#pragma unroll
+    for (int i = 0; i < Pairs; ++i)
+      if (static_cast<int>(2 * i * blockDim.x + place) < chunks) prefetch_l2(x + i * step);
   }
+  wait_for_previous_grid();
+  Chunk<Type> a[Pairs], b[Pairs];
+  u32 top = 0;
+  float none[1] = {};
+#pragma unroll
+  for (int i = 0; i < Pairs; ++i) {
+    if (static_cast<int>(2 * i * blockDim.x + place) >= chunks) continue;
+    a[i].template load<kByRows>(x + i * step);
+    b[i].template load<kByRows>(x + i * step + Bytes);
+  }
+#pragma unroll
+  for (int i = 0; i < Pairs; ++i)
+    if (static_cast<int>(2 * i * blockDim.x + place) < chunks) top = larger(larger(top, a[i]), b[i]);
+  top = finish<Type>(top);
   over_row<false, false>(top, none, 0);
-  if (m >= p.M) return;
+  if (!chunks) return;
   if (Scale<Int8>::usual(top)) {
     const float amax = __uint_as_float(top), scale = Scale<Int8>::of(amax);
     if (threadIdx.x == 0) p.scale[m] = scale;
-    if (!mine) return;
     const Coder<kPlain, Type, Int8> coder(scale, amax);
-    float v[kLane];
-    a.widen(v);
-    const uint2 low = coder.codes(v);
-    b.widen(v);
-    const uint2 high = coder.codes(v);
-    store(reinterpret_cast<uint4*>(p.out + m * p.out_row + threadIdx.x * (2 * kLane)), make_uint4(low.x, low.y, high.x, high.y), p.passing);
+    char* out = p.out + m * p.out_row + threadIdx.x * (2 * kLane);
+#pragma unroll
+    for (int i = 0; i < Pairs; ++i, out += blockDim.x * (2 * kLane)) {
+      if (static_cast<int>(2 * i * blockDim.x + place) >= chunks) continue;
+      float v[kLane];
+      a[i].widen(v);
+      const uint2 low = coder.codes(v);
+      b[i].widen(v);
+      const uint2 high = coder.codes(v);
+      store(reinterpret_cast<uint4*>(out), make_uint4(low.x, low.y, high.x, high.y), p.passing);
+    }
   } else {
     float scale = __fdiv_rn(__uint_as_float(top), Scale<Int8>::kTop);
     if (scale == 0.0f) scale = 1.0f;

@@ -36,15 +36,17 @@ def kernel_name(int8: bool, kept: int, held: bool, streamed: bool) -> str:
 
 
 def paired(form: int, type_code: int, kept: int) -> bool:
-    """Whether a thread's two chunks are neighbours, and its codes one store (quantize_pairs): plain 16-bit rows."""
-    return form == PLAIN and type_code != F32 and kept == 2
+    """Whether chunks stand in pairs, whose codes are one store (quantize_pairs): plain 16-bit rows that a CTA holds."""
+    return form == PLAIN and type_code != F32 and kept in (2, 4)
 
 
 def most_warps(form: int, type_code: int, kept: int, streamed: bool = False) -> int:
     """Warps that a CTA may have: the launch bounds."""
     if streamed:
         return 32 if kept == 2 else 20 if form == SILU_MUL else 16
-    return 32 if kept == 1 or paired(form, type_code, kept) else 16
+    if paired(form, type_code, kept):
+        return 32 if kept == 2 else 24
+    return 32 if kept == 1 else 16
 
 
 def shipped() -> list[Variant]:
