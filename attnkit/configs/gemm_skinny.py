@@ -36,13 +36,15 @@ class SkinnyConfig:
 STAGES = {64: 6, 96: 5, 128: 6, 160: 6, 224: 6}
 TALL_STAGES = 8
 #: Slices of large weights to ask for ahead.
-AHEAD = {64: 4, 96: 4, 128: 8, 160: 6, 224: 6}
+AHEAD = {64: 6, 96: 4, 128: 8, 160: 6, 224: 6}
 #: Weights that are read in some 6 us: the ends of launches count, and little may be asked for ahead.
 SMALL = 26 << 20
 #: The model's rates, bytes a microsecond: memory, and what one CTA gets at most.
 DRAM = 4.45e6
-CTA = {64: 36e3, 80: 38e3, 96: 39e3, 128: 41e3, 160: 42e3, 224: 42e3}
+CTA = {64: 36e3, 80: 38e3, 96: 39e3, 112: 40e3, 128: 41e3, 160: 42e3, 224: 42e3}
 LEAST_FLIGHT = 72 * 1024
+#: How unevenly tall tiles of all of K may be spread.
+UNEVEN = 0.1
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -56,7 +58,7 @@ def stages(c: SkinnyConfig, sig: GemmSig) -> int:
 def smem(c: SkinnyConfig, sig: GemmSig) -> int:
     """So much that no more than ``ctas`` share a multiprocessor."""
     ring = stages(c, sig) * builds.stage_bytes(sig.M, c.block_n, c.tall)
-    used = builds.fixed_bytes(sig.M, c.block_n, c.splits, c.tall) + ring
+    used = builds.fixed_bytes(sig.M, c.block_n, c.splits, c.ctas, c.tall) + ring
     return max(used, builds.MOST_SHARED // 2 + 1024 if c.ctas == 1 else builds.MOST_SHARED // 3 + 1024)
 
 
@@ -66,17 +68,29 @@ def _rounds(sig: GemmSig, width: int, splits: int, arch: Arch) -> int:
     return _cdiv(_cdiv(sig.N, width), max(1, clusters))
 
 
+def _uneven(sig: GemmSig, width: int, splits: int, arch: Arch) -> float:
+    """By how much the busiest multiprocessor has more than its share of N."""
+    return _rounds(sig, width, splits, arch) * width * max(1, arch.sms) / max(1, sig.N * splits) - 1
+
+
+def _even(sig: GemmSig, width: int, arch: Arch) -> bool:
+    """Whether tall tiles of all of K fill their rounds, and bring more weights than tokens if there are several (int8's: e4m3's
+    were not timed)."""
+    several = _rounds(sig, width, 1, arch) > 1
+    return sig.dtype == torch.int8 and _uneven(sig, width, 1, arch) <= UNEVEN and not (several and sig.M > 1.2 * width)
+
+
 def time(sig: GemmSig, c: SkinnyConfig, arch: Arch) -> float:
     """About how many microseconds ``c`` takes: memory or the busiest CTA, and what cannot overlap it."""
     rounds, slice_bytes = _rounds(sig, c.block_n, c.splits, arch), builds.slice_bytes(c.block_n, c.tall)
     depth = _cdiv(_cdiv(sig.K, slice_bytes), c.splits) * slice_bytes
     busiest = rounds * c.block_n * depth
-    uneven = busiest * max(1, arch.sms) / max(1, sig.N * sig.K) - 1
+    uneven = _uneven(sig, c.block_n, c.splits, arch)
     flight = (stages(c, sig) - 1) * c.block_n * slice_bytes
-    short = max(1.0, (LEAST_FLIGHT / flight) ** 0.4) * (1.02 if c.block_n == 64 else 1.0)
+    short = 1.0 if sig.M > builds.LOW else max(1.0, (LEAST_FLIGHT / flight) ** 0.4) * (1.02 if c.block_n == 64 else 1.0)
     read = short * max(sig.N * sig.K / DRAM * (1 + 0.3 * max(0.0, uneven)), busiest / CTA[c.block_n])
     meet = {1: 0.0, 2: 0.25, 4: 1.1}[c.splits] + (c.splits > 1) * 8e-5 * sig.M * c.block_n
-    return read + rounds * builds.rows(sig.M) * depth / 5e5 + meet + 1.4e-4 * sig.M * c.block_n / c.splits + 0.25 * c.tall
+    return read + rounds * builds.rows(sig.M) * depth / 5e5 + meet + 1.4e-4 * sig.M * c.block_n / c.splits + 0.2 * c.tall
 
 
 def _config(sig: GemmSig, width: int, splits: int, tall: bool) -> SkinnyConfig:
@@ -94,7 +108,8 @@ def _heights(sig: GemmSig) -> list[bool]:
 
 
 def fits_tall(sig: GemmSig, arch: Arch) -> bool:
-    """Whether more than 64 tokens are served: where two CTAs for each tile of N, all at one time, have enough to read."""
+    """Whether more than 64 tokens are served: where two CTAs for each tile of N, all at one time, have enough to read, or
+    tiles of all of K come out even."""
     return builds.LOW < sig.M <= builds.TALL and bool(_every(sig, arch))
 
 
@@ -102,10 +117,12 @@ def _every(sig: GemmSig, arch: Arch) -> list[SkinnyConfig]:
     """Best first, as the model has it. A split ends with its one tile, and has two slices at least: so can all of a bucket."""
     found = []
     for tall in _heights(sig):
-        for width in builds.widths(tall):
-            for splits in (2,) if tall else builds.splits(tall):
+        for width in builds.widths(sig.dtype == torch.int8, tall):
+            for splits in builds.splits(tall):
                 deep = 2 * splits <= _cdiv(sig.K, builds.slice_bytes(width, tall))
                 if splits > 1 and not (deep and _rounds(sig, width, splits, arch) == 1):
+                    continue
+                if splits == 1 and tall and not _even(sig, width, arch):
                     continue
                 c = _config(sig, width, splits, tall)
                 if stages(c, sig) >= 3:

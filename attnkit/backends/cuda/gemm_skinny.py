@@ -22,7 +22,7 @@ PARAMS = w8a8.fields(
 
 def _supports(sig: GemmSig) -> str | None:
     here = arch.of(sig.device)
-    many = f"M is {sig.M}: up to {builds.LOW} tokens fit its one row of tiles, and up to {builds.TALL} where N has few tiles"
+    many = f"M is {sig.M}: up to {builds.LOW} tokens fit its one row of tiles, and up to {builds.TALL} where N comes out even"
     reason = w8a8.why_not(sig, many if sig.M > builds.LOW and not configs.fits_tall(sig, here) else None)
     return reason or launch.missing(_variant(sig, configs.default(sig, here)))
 
@@ -33,7 +33,7 @@ def _variant(sig: GemmSig, c: configs.SkinnyConfig) -> images.Variant:
 
 def _check(sig: GemmSig, c: configs.SkinnyConfig) -> None:
     """Raises ValueError for a config that the kernel has no build for, or no room."""
-    widths, splits = builds.widths(c.tall), builds.splits(c.tall)
+    widths, splits = builds.widths(sig.dtype == torch.int8, c.tall), builds.splits(c.tall)
     if c.block_n not in widths or c.splits not in splits or sig.M > builds.tokens(c.tall):
         most = builds.tokens(c.tall)
         raise ValueError(f"{sig.op}: no build for {c}, wanted block_n one of {widths}, splits one of {splits}, M up to {most}")
@@ -50,7 +50,7 @@ def _prepare(plan: Plan) -> Any:
     own = {
         "steps": -(-sig.K // builds.slice_bytes(c.block_n, c.tall)), "tiles": tiles, "splits": c.splits,
         "stages": configs.stages(c, sig), "a_rows": a_rows, "ahead": c.ahead, "a_scales": int(sig.a_scale_per_token),
-        "w_scales": int(sig.w_scale_per_channel),
+        "w_scales": int(sig.w_scale_per_channel), "whole": int(sig.aligned and builds.lines(sig.M, c.ctas)),
     }  # fmt: skip
     kernel = launch.kernel(_variant(sig, c), NAME, launch.index_of(sig.device), configs.smem(c, sig))
     if c.splits == 1:  # a split ends with its one tile

@@ -5,7 +5,7 @@
 // One producer thread fills a ring of slices by TMA; two consumer warpgroups multiply half the columns each, or (Tall) all
 // columns for 64 of up to 128 tokens. Where N is too small for that, ``splits`` CTAs of a cluster take a stretch of K each:
 // every one of them finishes a share of the columns, from the pieces that all of them store there, in the order of K (repeats
-// are bitwise equal). Sums have shared memory of their own: nothing but TMA ever writes to the ring.
+// are bitwise equal). Pieces have shared memory of their own: nothing but TMA ever writes to the ring.
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "../common/wgmma_q8_sm90.cuh"
@@ -34,23 +34,27 @@ struct SkinnyParams {
   int a_rows;            // rows of a's box: M rounded up to 8
   int ahead;             // slices that L2 is asked for before the previous grid is done
   int a_scales, w_scales;  // a scale a row, else one for all
-  int bias_type, out_type, whole;
+  int bias_type, out_type;
+  int whole;             // rows may leave in whole lines, and have 2 KB of shared memory a warp for it
 };
 
 template <bool Int8_, int BN_, int Planes_, bool Tall_>
 struct SkinnyShape {
   static constexpr bool Int8 = Int8_, Tall = Tall_;
-  static constexpr int BN = BN_, Units = BN / 8;                 // a unit: 8 columns
+  static constexpr int BN = BN_;
   static constexpr int Rows = Tall ? 128 : 64;                   // most tokens
   static constexpr int Wide = Tall ? BN : BN / 2;                // columns of a warpgroup
+  static constexpr int Groups = Wide / 8, Half = Groups / 2;     // units of 8 columns; a split's CTA finishes half of a warp's
   static constexpr int Consumers = 256, Threads = Consumers + 32;
   static constexpr int Planes = Planes_, Slice = 128 * Planes;   // bytes of K in a slice, in swizzled planes
   static constexpr int MostStages = 32;                          // a lane initialises each
-  static constexpr int ScaleBytes = 2 * BN * 4 + Rows * 4, BarrierBytes = 16 * MostStages + 16;
+  static constexpr int ScaleBytes = 8 * BN;
   // Two CTAs a multiprocessor, as far as registers go: the next grid's may then wait beside this one's.
   static constexpr int PerSm = Wide <= (Int8 ? 80 : 64) ? 2 : 1;
   // Warps that multiply: where there are no more than 64 tokens, a tall CTA's second warpgroup has none.
   static ATTNKIT_DEVICE int readers(int M) { return Tall && M <= 64 ? 4 : 8; }
+  // Warps that have any of the M tokens: of a warpgroup, or of all where each has tokens of its own.
+  static ATTNKIT_DEVICE int warps(int M) { return (M + 15) / 16; }
   static_assert(BN % (Tall ? 16 : 32) == 0, "2 shares of whole units, or 4");
   static_assert(BN * Planes >= 64 && BN <= Consumers, "64 rows of a end inside a slice, and a thread has a column's scale");
 };
@@ -58,17 +62,17 @@ struct SkinnyShape {
 template <class Shape>
 struct SkinnyShared {
   u32 ring, slice, w_at;       // bytes of a slice, and where its weights begin
-  u32 pieces, pitch;           // [splits][M][share of columns] sums; bytes a row
-  u32 scales;                  // BN scales, BN biases, a scale a row
+  u32 own, warp_bytes;         // each warp's that has tokens: pieces from other CTAs, then rows on their way out
+  u32 scales;                  // of BN columns, with their biases
   u32 full, empty, met;        // barriers
 
-  ATTNKIT_DEVICE SkinnyShared(const SkinnyParams& p, char* raw, int share) {
+  ATTNKIT_DEVICE SkinnyShared(const SkinnyParams& p, char* raw) {
     ring = (smem_address(raw) + 1023) & ~1023u;
     w_at = p.a_rows * Shape::Slice;
     slice = w_at + Shape::BN * Shape::Slice;
-    pieces = ring + p.stages * slice;
-    pitch = 32 * (share | 1);  // an odd multiple of 32: rows start in other banks
-    scales = pieces + p.splits * p.M * pitch;
+    own = ring + p.stages * slice;
+    warp_bytes = max(p.whole ? 2048 : 0, (p.splits - 1) * (Shape::Half * 512));
+    scales = own + (Shape::Tall ? 1 : 2) * Shape::warps(p.M) * warp_bytes;
     full = scales + Shape::ScaleBytes;
     empty = full + 8 * Shape::MostStages;
     met = empty + 8 * Shape::MostStages;
@@ -100,25 +104,6 @@ struct SkinnyWork {
 
 ATTNKIT_DEVICE void prefetch_l2_2d(const void* map, int x, int y) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
-
-ATTNKIT_DEVICE void store_shared_16(u32 to, u32 x, u32 y, u32 z, u32 w) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
-
-ATTNKIT_DEVICE void store_shared_4(u32 to, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
-
-// Not volatile, so that many are in flight: ``from`` must come from opaque() behind the barrier that guards it.
-ATTNKIT_DEVICE uint4 load_piece(u32 from) {
-  uint4 v;
-  asm("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-  return v;
-}
-
-ATTNKIT_DEVICE float load_row_scale(u32 from) {
-  float x;
-  asm("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
-  return x;
 }
 
 // One thread, as soon as the CTA is there. Weights that an earlier kernel may still be writing go no further than L2 before
@@ -173,17 +158,16 @@ struct SkinnySum<false> {
 template <class Shape>
 struct SkinnyConsumer {
   using Sum = typename SkinnySum<Shape::Int8>::Type;
-  static constexpr int Count = Shape::Wide / 2, Groups = Shape::Wide / 8;
+  static constexpr int Count = Shape::Wide / 2, Groups = Shape::Groups, Half = Shape::Half;
   const SkinnyParams& p;
   const SkinnyShared<Shape>& s;
   const SkinnyWork& work;
-  const int share;   // units of columns that a CTA of the cluster finishes
   const int thread, group;
   SkinnyRing ring;
   Sum sums[Count];
 
-  ATTNKIT_DEVICE SkinnyConsumer(const SkinnyParams& p, const SkinnyShared<Shape>& s, const SkinnyWork& work, int share)
-      : p(p), s(s), work(work), share(share), thread(threadIdx.x), group(threadIdx.x / 128), ring(p.stages) {}
+  ATTNKIT_DEVICE SkinnyConsumer(const SkinnyParams& p, const SkinnyShared<Shape>& s, const SkinnyWork& work)
+      : p(p), s(s), work(work), thread(threadIdx.x), group(threadIdx.x / 128), ring(p.stages) {}
 
   ATTNKIT_DEVICE void multiply(Sum (&d)[Count], int plane, int accumulate) const {
     const u32 at = s.ring + ring.stage * s.slice;
@@ -253,105 +237,74 @@ struct SkinnyConsumer {
   static ATTNKIT_DEVICE int of_bits(u32 x, int) { return static_cast<int>(x); }
   static ATTNKIT_DEVICE float of_bits(u32 x, float) { return __uint_as_float(x); }
 
-  // A warp's 16 rows go to who finishes their columns, as they are: so sums of splits stay exact. wgmma leaves a thread
-  // two columns of every unit in rows lane / 4 and 8 more; neighbours swap, and each stores 4 columns of one row.
+  ATTNKIT_DEVICE int warp() const { return opaque(threadIdx.x) / 32; }
+  ATTNKIT_DEVICE int first_row() const { return warp() % (Shape::Rows / 16) * 16; }
+
+  // What is this warp's own, as an address of shared memory.
+  ATTNKIT_DEVICE u32 own() const {
+    const int before = Shape::Tall ? warp() : group * Shape::warps(p.M) + warp() % 4;
+    return s.own + before * s.warp_bytes;
+  }
+
+  // Half ``h`` of a warp's units is finished by this CTA of the cluster, and there by the same warp.
+  ATTNKIT_DEVICE int finisher(int h) const { return p.splits == 2 ? h : 2 * group + h; }
+
+  // Sums of units that another CTA finishes, as they are and as wgmma left them: so sums of splits stay exact.
   ATTNKIT_DEVICE void hand_over() const {
-    const int lane = opaque(threadIdx.x) % 32, warp = opaque(threadIdx.x) / 32, odd = lane & 1;
-    const int first = warp % (Shape::Rows / 16) * 16, row = first + lane / 4 + 8 * odd;
-    if (first >= p.M) return;
-    const u32 to = s.pieces + (work.rank * p.M + row) * s.pitch + lane % 4 / 2 * 16;
-    if constexpr (Shape::Tall) {
-      if (p.splits == 1) {
-        store<0, Groups>(to, work.rank, row, odd);
-      } else {
-        store<0, Groups / 2>(to, 0, row, odd);
-        store<Groups / 2, Groups / 2>(to, 1, row, odd);
-      }
-    } else if (p.splits == 1) {
-      store<0, Groups>(to + warp / 4 * (Groups * 32), work.rank, row, odd);
-    } else if (p.splits == 2) {
-      store<0, Groups>(to, warp / 4, row, odd);
-    } else {
-      store<0, Groups / 2>(to, warp / 4 * 2, row, odd);
-      store<Groups / 2, Groups / 2>(to, warp / 4 * 2 + 1, row, odd);
-    }
-  }
-
-  // Some of the thread's units, to CTA ``who`` of the cluster.
-  template <int First, int Units>
-  ATTNKIT_DEVICE void store(u32 to, int who, int row, int odd) const {
-    const bool here = who == work.rank, valid = row < p.M;
-    const u32 there = here ? to : cluster_address(to, who), met = here ? 0 : cluster_address(s.met, who);
+    const u32 at = own() + opaque(threadIdx.x) % 32 * 16;
 #pragma unroll
-    for (int j = 0; j < Units; ++j) {
-      const Sum* x = sums + 4 * (First + j);
-      const u32 a = bits(x[0]), b = bits(x[1]), c = bits(x[2]), d = bits(x[3]);
-      const u32 e = __shfl_xor_sync(~0u, odd ? a : c, 1), f = __shfl_xor_sync(~0u, odd ? b : d, 1);
-      const u32 y[4] = {odd ? e : a, odd ? f : b, odd ? c : e, odd ? d : f};
-      if (!valid) continue;
-      if (here) {
-        store_shared_16(there + j * 32, y[0], y[1], y[2], y[3]);
-      } else {
-        store_async_16(there + j * 32, met, y[0], y[1], y[2], y[3]);
+    for (int h = 0; h < 2; ++h) {
+      const int who = finisher(h);
+      if (who == work.rank) continue;
+      const u32 slot = at + (work.rank - (work.rank > who)) * (Half * 512);
+      const u32 there = cluster_address(slot, who), met = cluster_address(s.met, who);
+#pragma unroll
+      for (int j = 0; j < Half; ++j) {
+        const Sum* x = sums + 4 * (h * Half + j);
+        store_async_16(there + j * 512, met, bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3]));
       }
     }
   }
 
-  // This CTA's columns, 4 a thread and as many rows at a time as there are threads for: pieces added up in the order of K,
-  // scaled, rounded once.
-  ATTNKIT_DEVICE void finish(int tile) const {
-    const int parts = 2 * share, width = 32 - __clz(parts - 1);  // log2 of threads a row
-    const int part = opaque(threadIdx.x) & ((1 << width) - 1), rows = Shape::Consumers >> width, first = work.rank * parts + part;
-    const int column = tile * Shape::BN + first * 4, least = opaque(threadIdx.x) >> width;
-    if (part >= parts || column >= p.N) return;
-    const u32 scales = opaque(s.scales + first * 16), stride = p.M * s.pitch;
-    const float4 w = load_scales(scales), bias = load_scales(scales + Shape::BN * 4);
-    const bool inside = p.whole && column + 4 <= p.N;
-    u32 from = opaque(s.pieces + least * s.pitch + part * 16), row_scale = opaque(s.scales + 2 * Shape::BN * 4 + least * 4);
-    char* to = p.out + least * p.out_m + static_cast<i64>(column) * (p.out_type == kF32 ? 4 : 2);
-#pragma unroll 4
-    for (int row = least; row < p.M; row += rows) {
-      const float scale = load_row_scale(row_scale);
-      uint4 x = load_piece(from);
-      Sum total[4] = {of_bits(x.x, Sum()), of_bits(x.y, Sum()), of_bits(x.z, Sum()), of_bits(x.w, Sum())};
+  // This CTA's half ``h`` of the units: pieces added up in the order of K.
+  ATTNKIT_DEVICE void gather(int h, Sum (&total)[4 * Half]) const {
+    const u32 at = own() + opaque(threadIdx.x) % 32 * 16;
+#pragma unroll
+    for (int i = 0; i < 4 * Half; ++i) total[i] = 0;
 #pragma unroll 1
-      for (int k = 1; k < p.splits; ++k) {
-        x = load_piece(from + k * stride);
-        total[0] += of_bits(x.x, Sum()), total[1] += of_bits(x.y, Sum());
-        total[2] += of_bits(x.z, Sum()), total[3] += of_bits(x.w, Sum());
+    for (int k = 0; k < p.splits; ++k) {
+      if (k == work.rank) {
+#pragma unroll
+        for (int i = 0; i < 4 * Half; ++i) total[i] += h ? sums[4 * Half + i] : sums[i];
+        continue;
       }
-      write(to, p.N - column, inside,
-            make_float4(fmaf(as_float(total[0]) * scale, w.x, bias.x), fmaf(as_float(total[1]) * scale, w.y, bias.y),
-                        fmaf(as_float(total[2]) * scale, w.z, bias.z), fmaf(as_float(total[3]) * scale, w.w, bias.w)));
-      from += rows * s.pitch, row_scale += rows * 4, to += rows * p.out_m;
+#pragma unroll
+      for (int j = 0; j < Half; ++j) {
+        const uint4 v = load_shared_16(at + (k - (k > work.rank)) * (Half * 512) + j * 512);
+        total[4 * j] += of_bits(v.x, Sum()), total[4 * j + 1] += of_bits(v.y, Sum());
+        total[4 * j + 2] += of_bits(v.z, Sum()), total[4 * j + 3] += of_bits(v.w, Sum());
+      }
     }
+    __syncwarp();  // rows go where the pieces lay
   }
 
-  // The first ``count`` of 4 columns; ``inside``: all of them, in one aligned store.
-  ATTNKIT_DEVICE void write(char* to, int count, bool inside, float4 y) const {
-    if (p.out_type == kF32) {
-      float* at = reinterpret_cast<float*>(to);
-      if (inside) {
-        *reinterpret_cast<float4*>(at) = y;
-      } else {
-        at[0] = y.x;
-        if (count > 1) at[1] = y.y;
-        if (count > 2) at[2] = y.z;
-        if (count > 3) at[3] = y.w;
-      }
+  // A tile whose sums are complete, or its pieces on their way.
+  ATTNKIT_DEVICE void finish(int tile, const float (&scale)[2]) const {
+    if (first_row() >= p.M) return;
+    const GemmOut out{p.out, p.out_m, p.M, p.N, p.out_type, p.whole};
+    const int column = Shape::Tall ? 0 : group * Shape::Wide;
+    GemmRows rows{out, first_row(), {scale[0], scale[1]}, opaque(s.scales + column * 8), own()};
+    if (p.splits == 1) {
+      rows.template store<Groups>(sums, tile * Shape::BN + column, Groups);
       return;
     }
-    const bool bf16 = p.out_type == kBf16;
-    const u32 low = bf16 ? pack_bf16(y.x, y.y) : pack_f16(y.x, y.y), high = bf16 ? pack_bf16(y.z, y.w) : pack_f16(y.z, y.w);
-    u16* at = reinterpret_cast<u16*>(to);
-    if (inside) {
-      *reinterpret_cast<uint2*>(at) = make_uint2(low, high);
-    } else {
-      at[0] = static_cast<u16>(low);
-      if (count > 1) at[1] = static_cast<u16>(low >> 16);
-      if (count > 2) at[2] = static_cast<u16>(high);
-      if (count > 3) at[3] = static_cast<u16>(high >> 16);
-    }
+    const int h = work.rank - finisher(0);
+    if (h != 0 && h != 1) return;
+    mbarrier_wait_cluster(s.met, 0);
+    Sum total[4 * Half];
+    gather(h, total);
+    rows.scales += h * (Half * 64);
+    rows.template store<Half>(total, tile * Shape::BN + column + h * (Half * 8), Half);
   }
 
   ATTNKIT_DEVICE void sync() const {
@@ -373,7 +326,9 @@ struct SkinnyConsumer {
   ATTNKIT_DEVICE void run() {
     prefetch_scales();
     wait_for_previous_grid();
-    const float row_scale = thread < p.M ? p.a_scale[p.a_scales ? thread : 0] : 0.0f;
+    float row_scale[2];  // of the thread's rows
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_scale[r] = p.a_scale[p.a_scales ? min(first_row() + thread % 32 / 4 + 8 * r, p.M - 1) : 0];
     for (int tile = work.tile; tile < p.tiles; tile += work.stride) {
       float scale = 0.0f, bias = 0.0f;  // of a column, on their way while products are
       if (thread < Shape::BN) {
@@ -382,13 +337,11 @@ struct SkinnyConsumer {
         if (p.bias != nullptr) bias = load_as_float(p.bias, n, p.bias_type);
       }
       if (thread / 32 < Shape::readers(p.M)) add_up();
-      if (tile != work.tile) sync();  // everybody has read the last tile's sums and scales
-      hand_over();
-      if (thread < Shape::BN) store_shared_4(s.scales + thread * 4, scale), store_shared_4(s.scales + (Shape::BN + thread) * 4, bias);
-      if (thread < Shape::Rows) store_shared_4(s.scales + (2 * Shape::BN + thread) * 4, row_scale);
+      if (p.splits > 1 && first_row() < p.M) hand_over();
+      if (tile != work.tile) sync();  // everybody has read the last tile's scales
+      if (thread < Shape::BN) store_scale(s.scales, thread, scale, bias);
       sync();
-      if (p.splits > 1) mbarrier_wait_cluster(s.met, 0);
-      finish(tile);
+      finish(tile, row_scale);
     }
   }
 };
@@ -397,8 +350,7 @@ template <class Shape>
 ATTNKIT_DEVICE void skinny_gemm(const SkinnyParams& p) {
   extern __shared__ char raw[];
   const SkinnyWork work(p);
-  const int share = Shape::Units >> (p.splits >> 1);
-  const SkinnyShared<Shape> s(p, raw, share);
+  const SkinnyShared<Shape> s(p, raw);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const bool loads = warp == Shape::Consumers / 32;
   if (loads) {
@@ -410,7 +362,9 @@ ATTNKIT_DEVICE void skinny_gemm(const SkinnyParams& p) {
   } else if (threadIdx.x == 32 && p.splits > 1) {
     mbarrier_init(s.met, 1);
     mbarrier_init_fence();
-    mbarrier_arrive_expect(s.met, (p.splits - 1) * p.M * share * 32);  // the others' pieces of this CTA's columns
+    // The others' pieces of what this CTA finishes: all warps' halves, or those of one of two warpgroups.
+    const int warps = (Shape::Tall || p.splits == 4 ? 1 : 2) * Shape::warps(p.M);
+    mbarrier_arrive_expect(s.met, (p.splits - 1) * warps * (Shape::Half * 512));
   }
   __syncwarp();
   __syncthreads();
@@ -419,7 +373,7 @@ ATTNKIT_DEVICE void skinny_gemm(const SkinnyParams& p) {
     if (elect_one()) skinny_load<Shape>(p, s, work);
     __syncwarp();
   } else {
-    SkinnyConsumer<Shape>(p, s, work, share).run();
+    SkinnyConsumer<Shape>(p, s, work).run();
   }
 }
 

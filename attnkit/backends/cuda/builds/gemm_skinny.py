@@ -6,8 +6,8 @@ from attnkit.backends.cuda.images import Variant, variant
 
 #: Columns of a tile, and the 128 bytes of K that a CTA loads and multiplies at a time.
 PLANES = {64: 2, 96: 2, 128: 1, 160: 1, 224: 1}
-#: Columns of a tall tile: a warpgroup has 64 of its tokens, and all columns.
-TALL_WIDTHS = (64, 80)
+#: Columns of a tall tile, int8 and e4m3: a warpgroup has 64 of its tokens, and all columns.
+TALL_WIDTHS = {True: (64, 80, 96, 112, 128), False: (64, 80, 96)}
 #: Tokens of a tile, and of a tall one.
 LOW, TALL = 64, 128
 #: Sizes of csrc/cuda/gemm/gemm_skinny_sm90.cuh (SkinnyShape).
@@ -16,8 +16,8 @@ MOST_STAGES = 32
 MOST_SHARED = 227 * 1024
 
 
-def widths(tall: bool) -> tuple[int, ...]:
-    return TALL_WIDTHS if tall else tuple(PLANES)
+def widths(int8: bool, tall: bool) -> tuple[int, ...]:
+    return TALL_WIDTHS[int8] if tall else tuple(PLANES)
 
 
 def splits(tall: bool) -> tuple[int, ...]:
@@ -57,18 +57,23 @@ def stage_bytes(M: int, block_n: int, tall: bool = False) -> int:
     return (rows(M) + block_n) * slice_bytes(block_n, tall)
 
 
-def fixed_bytes(M: int, block_n: int, splits: int, tall: bool = False) -> int:
+def lines(M: int, ctas: int) -> bool:
+    """Whether rows leave in whole lines: 2 KB a warp, which costs a slice where two CTAs share a multiprocessor."""
+    return ctas == 1 or M > 8
+
+
+def fixed_bytes(M: int, block_n: int, splits: int, ctas: int, tall: bool = False) -> int:
     """Everything but the ring: what SkinnyShared lays out behind it, and the ring's alignment."""
-    share = -(-(block_n // 8) // splits)
-    scales = (2 * block_n + tokens(tall)) * 4
-    return 1024 + splits * M * 32 * (share | 1) + scales + 16 * MOST_STAGES + 16
+    half = (block_n if tall else block_n // 2) // 16
+    own = (1 if tall else 2) * -(-M // 16) * max(2048 * lines(M, ctas), (splits - 1) * half * 512)
+    return 1024 + own + 8 * block_n + 16 * MOST_STAGES + 16
 
 
 def stages(M: int, block_n: int, splits: int, ctas: int, tall: bool = False) -> int:
     """Slices in flight: as many as shared memory holds where ``ctas`` share a multiprocessor (which takes 1 KB of each)."""
     budget = MOST_SHARED if ctas == 1 else 228 * 1024 // ctas - 1024
-    return min(MOST_STAGES, (budget - fixed_bytes(M, block_n, splits, tall)) // stage_bytes(M, block_n, tall))
+    return min(MOST_STAGES, (budget - fixed_bytes(M, block_n, splits, ctas, tall)) // stage_bytes(M, block_n, tall))
 
 
 def shipped() -> list[Variant]:
-    return [build(int8, width, tall) for int8 in (True, False) for tall in (False, True) for width in widths(tall)]
+    return [build(int8, width, tall) for int8 in (True, False) for tall in (False, True) for width in widths(int8, tall)]
