@@ -39,6 +39,7 @@ inline int __shfl_sync(unsigned, int v, int from) { return trade(v, [&] { return
 inline int __reduce_add_sync(unsigned, int v) { return trade(v, [] { int n = 0; for (int x : lanes) n += x; return n; }); }
 inline int __reduce_max_sync(unsigned, int v) { return trade(v, [] { return *std::max_element(lanes, lanes + 32); }); }
 inline unsigned __ballot_sync(unsigned, bool v) { return trade(v, [] { int n = 0; for (int i = 0; i < 32; ++i) n |= (lanes[i] != 0) << i; return n; }); }
+inline bool __any_sync(unsigned, bool v) { return __ballot_sync(~0u, v) != 0; }
 inline int __ffs(unsigned v) { return __builtin_ffs(v); }
 inline float reciprocal(float x) { return 1.0f / x * (1.0f + ERROR * 0x1p-23f); }
 inline int load_l2(const int* p) { return *p; }
@@ -81,7 +82,9 @@ int main(int argc, char** argv) {
     threadIdx.x = lane;
     for (int group = 0; group < p.groups; ++group) {
       MlaShortPiece x;
-      if (!x.find(p, group)) continue;
+      const bool found = x.find(p, group);
+      if (p.B > 1 && p.B <= 32 && x.stale(p)) abort();
+      if (!found) continue;
       if (lane == 31) printf("%d %d %d %d %d %d %d %d %d\n", group, x.b, x.length, x.low, x.tile, x.tiles, x.index, x.count, x.first);
     }
   });

@@ -110,16 +110,19 @@ struct MlaShortMeeting {
     }
   }
 
-  // What a row's pieces are multiplied by, to ``factors``. A lane has each 32nd of them.
-  ATTNKIT_DEVICE void weigh(int row, float* factors) const {
-    const MlaRows rows{p, b, row0, 0};
-    float2 w[MostPieces / 32];
-    float high = negative_infinity(), sum = 0.f;
+  // A row's weights; a lane has each 32nd piece's.
+  ATTNKIT_DEVICE void ask(int row, float2 (&w)[MostPieces / 32]) const {
 #pragma unroll
     for (int k = 0; k < MostPieces / 32; ++k) {
       w[k] = make_float2(negative_infinity(), 0.f);
       if (32 * k + lane() < count) w[k] = load_l2(weights(32 * k + lane()) + row);
     }
+  }
+
+  // What a row's pieces are multiplied by, to ``factors``.
+  ATTNKIT_DEVICE void weigh(int row, float2 (&w)[MostPieces / 32], float* factors) const {
+    const MlaRows rows{p, b, row0, 0};
+    float high = negative_infinity(), sum = 0.f;
 #pragma unroll
     for (int k = 0; k < MostPieces / 32; ++k) high = fmaxf(high, w[k].x);
 #pragma unroll
@@ -136,16 +139,18 @@ struct MlaShortMeeting {
     }
   }
 
-  // Two columns of one row; its pieces begin at ``from``.
-  ATTNKIT_DEVICE float2 sum_of(const char* from, const float* factors) const {
+  // Two columns of ``count`` pieces of a row, one after another; their factors begin at a multiple of 16 bytes.
+  ATTNKIT_DEVICE static float2 sum_of(const char* from, const float* factors, int count) {
     float2 sum = make_float2(0.f, 0.f);
     int i = 0;
 #pragma unroll 1
     for (; i + 8 <= count; i += 8, from += 8 * RowBytes, factors += 8) {
+      const float4 low = *reinterpret_cast<const float4*>(factors), high = *reinterpret_cast<const float4*>(factors + 4);
+      const float by[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int u = 0; u < 8; ++u) {
         const float2 x = unpack(*reinterpret_cast<const u32*>(from + u * RowBytes), false);
-        sum.x += x.x * factors[u], sum.y += x.y * factors[u];
+        sum.x += x.x * by[u], sum.y += x.y * by[u];
       }
     }
 #pragma unroll 1
@@ -156,22 +161,43 @@ struct MlaShortMeeting {
     return sum;
   }
 
-  // Adds up the share of piece j.
+  ATTNKIT_DEVICE void write(int row, int w, float2 sum) const {
+    const MlaRows rows{p, b, row0, 0};
+    if (rows.has(row)) *reinterpret_cast<u32*>(rows.place(row) + column(w) * 2) = pack_bf16(sum.x, sum.y);
+  }
+
+  // A share of one row: half of the threads have the first half of its pieces, the others the rest.
+  ATTNKIT_DEVICE void add_row(int row, const float* factors) const {
+    const int w = threadIdx.x & 255, half = threadIdx.x >> 8, some = (count / 2 + 7) & ~7, from = half * some;
+    float2* rest = reinterpret_cast<float2*>(shared + 145 * 1024) + w;
+    float2 sum = sum_of(shared + from * RowBytes + w * 4, factors + from, half ? count - some : some);
+    if (half) *rest = sum;
+    __syncthreads();
+    if (half) return;
+    sum.x += rest->x, sum.y += rest->y;
+    write(row, w, sum);
+  }
+
+  // Adds up the share of piece j. Weights are asked for before values, which take longer to come.
   ATTNKIT_DEVICE void add(int j) const {
-    const int each = mla_divide(63 + count, count), first = j * each, rows = min(each, 64 - first);
+    const int each = mla_divide(63 + count, count), first = j * each, rows = min(each, 64 - first), stride = (count + 7) & ~7;
     if (rows <= 0) return;
     float* factors = reinterpret_cast<float*>(shared + 144 * 1024);
-    fetch(first, rows);
 #pragma unroll 1
-    for (int r = warp; r < rows; r += 16) weigh(first + r, factors + r * count);
+    for (int r = warp;; r += 16) {
+      float2 w[MostPieces / 32];
+      if (r < rows) ask(first + r, w);
+      if (r == warp) fetch(first, rows);
+      if (r >= rows) break;
+      weigh(first + r, w, factors + r * stride);
+    }
     copy_async_wait_all();
     __syncthreads();
-    const MlaRows places{p, b, row0, 0};
+    if (rows == 1) return add_row(first, factors);
     const int w = threadIdx.x & 255;
 #pragma unroll 1
     for (int r = threadIdx.x >> 8; r < rows; r += 2) {
-      const float2 sum = sum_of(shared + r * count * RowBytes + w * 4, factors + r * count);
-      if (places.has(first + r)) *reinterpret_cast<u32*>(places.place(first + r) + column(w) * 2) = pack_bf16(sum.x, sum.y);
+      write(first + r, w, sum_of(shared + r * count * RowBytes + w * 4, factors + r * stride, count));
     }
   }
 

@@ -17,7 +17,7 @@ struct MlaShortShape {
   static constexpr bool Fp8 = Fp8_;   // the cache of 656 bytes a token
   static constexpr int C = 512, R = 64, Rows = 64, T = 64, Tiles = 2;
   static constexpr int Planes = (C + R) / 64, PlaneBytes = T * 128, TileBytes = Planes * PlaneBytes;
-  static constexpr int Threads = 512;
+  static constexpr int Threads = 512, Loaders = 4;  // warps that load, the last ones
   static constexpr int SharedBytes = (Tiles + 1) * TileBytes + 2048 + 1024;
 };
 
@@ -86,37 +86,49 @@ struct MlaShort {
     if constexpr (!Shape::Fp8) mbarrier_wait(s.full_of(t, part), 0);
   }
 
-  // Warps 7 to 15 load a plane each: of q, and of this CTA's share of the keys, which go to both CTAs.
-  ATTNKIT_DEVICE void load() const {
-    const int plane = (warp + 1) % 9, part = plane / 4;
-    const int shift = p.box_shift, mine_shift = 6 - shift - (Ctas - 1), mine = 1 << mine_shift;
-    const int box0 = (Ctas > 1 ? cluster_rank() : 0) * mine;
-    // This lane's box.
-    const int token = (piece.tile + (lane >> mine_shift)) * T + ((box0 + (lane & (mine - 1))) << shift);
-    int page = 0;
-    if (lane < piece.tiles << mine_shift && token < piece.length) page = p.pages[piece.b * p.pages_b + (token >> p.page_shift)];
-    if (elect_one()) load_q(plane, part);
-    __syncwarp();
+  ATTNKIT_DEVICE bool loads() const { return !Shape::Fp8 && warp >= Shape::Threads / 32 - Shape::Loaders; }
+  // Each CTA loads its share of a tile's keys, for both: this many boxes, as a power of two, from this one on.
+  ATTNKIT_DEVICE int share_shift() const { return 6 - p.box_shift - (Ctas - 1); }
+  ATTNKIT_DEVICE int first_box() const { return Ctas > 1 ? cluster_rank() << share_shift() : 0; }
+
+  // A lane's box of the share in all tiles.
+  ATTNKIT_DEVICE int page() const {
+    const int shift = share_shift(), box = first_box() + (lane & ((1 << shift) - 1));
+    const int token = (piece.tile + (lane >> shift)) * T + (box << p.box_shift);
+    if (lane >= piece.tiles << shift || token >= piece.length) return 0;
+    return load_l2(p.pages + piece.b * p.pages_b + (token >> p.page_shift));
+  }
+
+  // The last warps load: each every fourth plane, so that planes are asked for in the order that the scores need them.
+  ATTNKIT_DEVICE void load(int page) const {
+    const int shift = p.box_shift, mine_shift = share_shift(), mine = 1 << mine_shift, box0 = first_box();
     const u64 policy = evict_first_policy();
 #pragma unroll 1
     for (int t = 0; t < piece.tiles; ++t) {
       const int key0 = (piece.tile + t) * T, valid = max(0, min((piece.length - key0 + (1 << shift) - 1) >> shift, T >> shift));
       if (t > 0) mbarrier_wait(s.full_of(2, 0), 0);  // the first tile is to come first
-      if (elect_one()) mbarrier_arrive_expect(s.full_of(t, part), valid * 128 << shift);
 #pragma unroll 1
-      for (int box = 0; box < min(mine, valid - box0); ++box) {
-        const int from = __shfl_sync(~0u, page, (t << mine_shift) + box);
-        const int slot = (key0 + ((box0 + box) << shift)) & ((1 << p.page_shift) - 1);
-        const u32 to = s.tile(t) + plane * PlaneBytes + (128 * (box0 + box) << shift);
+      for (int plane = warp - (Shape::Threads / 32 - Shape::Loaders); plane < Shape::Planes; plane += Shape::Loaders) {
+        const int part = plane / 4;
         if (elect_one()) {
-          if constexpr (Ctas > 1) {
-            tma_load_3d_multicast(to, &p.kv_map, s.full_of(t, part), plane * 64, slot, from, (1 << Ctas) - 1, policy);
-          } else {
-            tma_load_3d(to, &p.kv_map, s.full_of(t, part), plane * 64, slot, from, policy);
+          if (t == 0) load_q(plane, part);
+          mbarrier_arrive_expect(s.full_of(t, part), valid * 128 << shift);
+        }
+#pragma unroll 1
+        for (int box = 0; box < min(mine, valid - box0); ++box) {
+          const int from = __shfl_sync(~0u, page, (t << mine_shift) + box);
+          const int slot = (key0 + ((box0 + box) << shift)) & ((1 << p.page_shift) - 1);
+          const u32 to = s.tile(t) + plane * PlaneBytes + (128 * (box0 + box) << shift);
+          if (elect_one()) {
+            if constexpr (Ctas > 1) {
+              tma_load_3d_multicast(to, &p.kv_map, s.full_of(t, part), plane * 64, slot, from, (1 << Ctas) - 1, policy);
+            } else {
+              tma_load_3d(to, &p.kv_map, s.full_of(t, part), plane * 64, slot, from, policy);
+            }
           }
         }
+        __syncwarp();
       }
-      __syncwarp();
     }
   }
 
@@ -272,11 +284,12 @@ struct MlaShort {
     }
   }
 
-  ATTNKIT_DEVICE void run() {
+  // ``page``: page() of the warps that load.
+  ATTNKIT_DEVICE void run(int page) {
     if constexpr (Shape::Fp8) {
       load_and_widen();
-    } else if (warp >= 7) {
-      load();
+    } else if (loads()) {
+      load(page);
     }
     if (group() < piece.tiles) weigh(group());
     multiply_values();
@@ -310,9 +323,19 @@ ATTNKIT_DEVICE void mla_short(const MlaWideParams& p) {
     __syncthreads();
   }
   launch_dependents();
-  wait_for_previous_grid();
   MlaShort<Shape> short_one{p, s, static_cast<int>(blockIdx.y * Shape::Ctas + rank) * Shape::Rows, warp, lane};
-  if (short_one.piece.find(p, blockIdx.z)) short_one.run();
+  bool found;
+  int page = 0;
+  // Several sequences' pieces are found by lens that the grid before may still change, and found again if it did.
+#pragma unroll 1
+  for (bool ahead = p.B > 1 && p.B <= 32;; ahead = false) {
+    if (!ahead) wait_for_previous_grid();
+    found = short_one.piece.find(p, blockIdx.z);
+    if (ahead) wait_for_previous_grid();
+    if (found && short_one.loads()) page = short_one.page();
+    if (!ahead || !short_one.piece.stale(p)) break;
+  }
+  if (found) short_one.run(page);
 }
 
 }  // namespace attnkit
