@@ -40,6 +40,14 @@ def test_large_matches_float64(case, impl, device):
     test_matches_float64(case, impl, device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("impl", "device"), [p for p in every(KERNELS) if p.id not in ("cpu", "torch")])
+@pytest.mark.parametrize("last", [300, 200])
+def test_more_sequences_than_lanes(last, impl, device):
+    """With equal lengths no head is cut."""
+    test_matches_float64(replace(cases.BASE, lens=(*[300] * 63, last), Hq=32, Hkv=8, D=128), impl, device)
+
+
 @pytest.mark.parametrize(("impl", "device"), every(KERNELS))
 def test_three_dimensional_q(impl, device):
     x = inputs.make(cases.BASE, device)

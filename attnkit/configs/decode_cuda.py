@@ -76,7 +76,8 @@ def default(sig: Any, arch: Arch) -> CudaConfig:
     if tiles > 8 * arch.sms:
         return CudaConfig(ctas_per_sm=2, grid=100, min_tiles=1, ahead=3, stages=2)
     if tiles > 2 * arch.sms:
-        return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=2)
+        late = int(rows <= 16 and sig.B <= 32 and not sig.batch_invariant)
+        return CudaConfig(ctas_per_sm=2, grid=50, min_tiles=2, late=late)
     # Half the multiprocessors at most, so that the next grid starts beside this one; 16 pieces meet a head, or 32.
     least = max(-(-2 * tiles // arch.sms), min(4, -(-of_head // 16)), -(-of_head // 32))
     return CudaConfig(ctas_per_sm=1, grid=100, min_tiles=least)

@@ -137,27 +137,33 @@ ATTNKIT_DEVICE float share_of_piece(const Piece& piece, const RowOutput& output,
 // instructions, so what is beyond the last row or piece is not left out: the last one is read again, for nothing.
 template <class Shape, int R, int E>
 ATTNKIT_DEVICE void add_rows(const Piece& piece, const RowOutput& output, const WarpRows<Shape>& rows, const Meet& meet) {
-  constexpr int Group = 32 / R, Units = Shape::DV / 4;
+  constexpr int Group = 32 / R, Units = Shape::DV / 4, PieceBytes = Shape::Rows * Shape::DV * 4;
   const int lane = threadIdx.x & 31, i = lane % Group;
+  // The first may stand apart, the others stand at equal distances.
+  const char* first = reinterpret_cast<const char*>(output.values(meet.slot(piece, 0)));
+  const char* second = reinterpret_cast<const char*>(output.values(piece.slot(meet.first + meet.step)));
+  const int apart = meet.step * piece.step * PieceBytes, others = meet.count - 2;
 #pragma unroll 1
   for (int k = 0; k < rows.count; k += R) {
     const int mine = rows.row(k + lane / Group);
-    const u64 to = reinterpret_cast<u64>(output.place(mine));
 #pragma unroll 1
     for (int unit = lane; unit < (Units + 31) / 32 * 32; unit += 32) {
       float4 parts[R][E];
       auto load = [&](int i0) {
 #pragma unroll
-        for (int e = 0; e < E; ++e) {
-          const float4* from = reinterpret_cast<const float4*>(output.values(meet.slot(piece, i0 + e)));
-          from += Units % 32 == 0 ? unit : min(unit, Units - 1);
+        for (int r = 0; r < R; ++r) {
+          const int at = (rows.row(k + r) * Units + (Units % 32 == 0 ? unit : min(unit, Units - 1))) * 16;
 #pragma unroll
-          for (int r = 0; r < R; ++r) parts[r][e] = load_l2(from + rows.row(k + r) * Units);
+          for (int e = 0; e < E; ++e) {
+            const char* from = i0 + e == 0 ? first : second + static_cast<i64>(min(i0 + e - 1, others)) * apart;
+            parts[r][e] = load_l2(reinterpret_cast<const float4*>(from + at));
+          }
         }
       };
       float2 weight = load_l2(output.weights(meet.slot(piece, i), meet.level) + mine);
-      if (i >= meet.count) weight = make_float2(negative_infinity(), 0.f);
       load(0);
+      if (i >= meet.count) weight = make_float2(negative_infinity(), 0.f);
+      const u64 to = reinterpret_cast<u64>(output.place(mine));
       const float by = share_of_piece<Group>(piece, output, meet, mine, weight, unit < 32);
       float4 total[R];
 #pragma unroll

@@ -13,29 +13,6 @@ struct DecodeShared {
   Piece* pieces;                  // [2]: what the q of the same slot belongs to
 };
 
-// Whether ``x`` holds for any of the threads that meet at a named barrier.
-template <int Threads>
-ATTNKIT_DEVICE bool any_of(int barrier, bool x) {
-  u32 any;
-  asm volatile(
-      "{\n.reg .pred p, q;\n"
-      "setp.ne.u32 p, %1, 0;\n"
-      "bar.red.or.pred q, %2, %3, p;\n"
-      "selp.u32 %0, 1, 0, q;\n}"
-      : "=r"(any) : "r"(static_cast<u32>(x)), "r"(barrier), "n"(Threads) : "memory");
-  return any != 0;
-}
-
-// Consumers pass over a guess that was wrong: a piece of one tile, the first in the ring.
-ATTNKIT_DEVICE void pass_over(const DecodeShared& shared) {
-  mbarrier_wait(shared.full, 0);
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) {
-    mbarrier_arrive(shared.empty);
-    mbarrier_arrive(shared.q_empty);
-  }
-}
-
 // Boxes of the cache: into shared memory, or into L2 and no further.
 ATTNKIT_DEVICE void load_box(u32 to, const TensorMap& map, u32 barrier, int head, int slot, int page, int plane, u64 policy) {
   asm volatile(
@@ -77,39 +54,36 @@ struct DecodeProducer {
   }
 
   // Rows i * G + g of one head. Wide builds read them by wgmma, so they come by TMA, in swizzled planes.
-  ATTNKIT_DEVICE void ask_q(int slot) {
-    if constexpr (Shape::Wide) {
-      const int token0 = piece.block * p.block_rows / p.G;
-      if (!elect_one()) return;
-      for (int plane = 0; plane < Shape::D / 64; ++plane) {
-        const u32 to = shared.q + slot * Shape::QBytes + plane * Shape::Rows * 128;
-        tma_load_4d(to, &p.q_map, shared.q_full + 8 * slot, plane * 64, piece.h * p.G, token0, piece.b);
-      }
-    } else {
-      constexpr int Units = Shape::D * 2 / 16;
-      const char* base = p.q + piece.b * p.q_b + piece.h * p.G * p.q_h;
-      const u32 to = shared.q + slot * Shape::QBytes;
-#pragma unroll 4
-      for (int unit = lane; unit < Shape::Rows * Units; unit += 32) {
-        const int row = unit / Units, column = (unit - row * Units) * 16;
-        const int n = piece.block * p.block_rows + Shape::row_of(p, row);
-        const int i = n * p.g_magic >> 20;
-        const bool valid = i < p.Q;
-        copy_async_16(to + row * Shape::PitchQ + column, valid ? base + i * p.q_i + (n - i * p.G) * p.q_h + column : p.q, valid);
+  ATTNKIT_DEVICE void load_q_planes(int slot) {
+    constexpr int Planes = Shape::D / 64;
+    const u32 full = shared.q_full + 8 * slot, to = shared.q + slot * Shape::QBytes;
+    const int token0 = piece.block * p.block_rows / p.G;
+    if (lane == 0) shared.pieces[slot] = piece;
+    __syncwarp();
+    if (elect_one()) {
+      mbarrier_arrive_expect(full, Planes * p.block_rows * 128);
+      for (int plane = 0; plane < Planes; ++plane) {
+        tma_load_4d(to + plane * Shape::Rows * 128, &p.q_map, full, plane * 64, piece.h * p.G, token0, piece.b);
       }
     }
   }
 
-  // The consumers get the piece once its q, if ``asked`` for before, has come.
-  ATTNKIT_DEVICE void hand_over(int slot, bool asked) {
-    const u32 full = shared.q_full + 8 * slot;
-    if (lane == 0) shared.pieces[slot] = piece;
-    __syncwarp();
-    if constexpr (Shape::Wide) {
-      if (elect_one()) mbarrier_arrive_expect(full, asked ? Shape::D / 64 * p.block_rows * 128 : 0);
-    } else {
-      copy_async_arrive(full);
-      if (lane == 0) mbarrier_arrive(full);  // publishes the piece, which the arrival above does not
+  ATTNKIT_DEVICE void load_q_rows(int slot) {
+    constexpr int Units = Shape::D * 2 / 16;
+    const char* base = p.q + piece.b * p.q_b + piece.h * p.G * p.q_h;
+    const u32 to = shared.q + slot * Shape::QBytes;
+#pragma unroll 4
+    for (int unit = lane; unit < Shape::Rows * Units; unit += 32) {
+      const int row = unit / Units, column = (unit - row * Units) * 16;
+      const int n = piece.block * p.block_rows + Shape::row_of(p, row);
+      const int i = n * p.g_magic >> 20;
+      const bool valid = i < p.Q;
+      copy_async_16(to + row * Shape::PitchQ + column, valid ? base + i * p.q_i + (n - i * p.G) * p.q_h + column : p.q, valid);
+    }
+    copy_async_arrive(shared.q_full + 8 * slot);
+    if (lane == 0) {
+      shared.pieces[slot] = piece;
+      mbarrier_arrive(shared.q_full + 8 * slot);  // publishes the piece, which the arrival above does not
     }
   }
 
@@ -164,37 +138,15 @@ struct DecodeProducer {
   ATTNKIT_DEVICE void load_q(int pieces) {
     const int slot = pieces % Shape::QSlots;
     mbarrier_wait(shared.q_empty + 8 * slot, (pieces / Shape::QSlots & 1) ^ 1);
-    ask_q(slot);
-    hand_over(slot, true);
+    if constexpr (Shape::Wide) {
+      load_q_planes(slot);
+    } else {
+      load_q_rows(slot);
+    }
   }
 
-  // Before the previous grid has ended nothing it may write can be trusted, but what seems to be this CTA's first tiles can be asked
-  // of L2, and at its end the very first be loaded, by lens and table as they were read. They are read again beside it; where they
-  // have changed (true), consumers are handed a piece of one tile to skip.
-  ATTNKIT_DEVICE bool begin_early(const Walker<T>& walker, const int* pages, bool more) {
-    const int first = more ? page_of(pages, piece.tile, true) : 0;
-    const int last = more ? piece.tile + min(p.ahead, piece.tiles) : piece.tile;
-#pragma unroll 1
-    for (int tile = piece.tile; tile < last && !*shared.ended; ++tile) {
-      load_tile(pages, tile, tile == piece.tile ? first : page_of(pages, tile, true), 0, true);
-    }
-    if constexpr (!Shape::Wide) {
-      if (q && more && !*shared.ended) prefetch_q();
-    }
-    wait_for_previous_grid();
-    const int now = more ? page_of(pages, piece.tile, false) : first;
-    const bool moved = walker.stale(lane);
-    if (more) {
-      load_tile(pages, piece.tile, first, 0, false);
-      if (q) ask_q(0);
-    }
-    const bool changed = any_of<32 * Shape::Producers>(2, moved || now != first);
-    if (changed) piece.tiles = 1, piece.count = 0;
-    if (changed && !more && lane == 0) mbarrier_arrive(shared.full);  // another warp may have seen one
-    if (q && (more || changed)) hand_over(0, more);
-    return changed;
-  }
-
+  // Before the previous grid has ended nothing it may write can be trusted, but what seems to be this CTA's first
+  // tiles can be asked for: they come closer, and are read, like lens and table, after the wait.
   ATTNKIT_DEVICE void run(Walker<T>& walker) {
     int stage = 0, phase = 1, pieces = 0;
 #pragma unroll 1
@@ -203,23 +155,25 @@ struct DecodeProducer {
       placed = true;
       const bool more = walker.next(piece);
       const int* pages = p.pages + piece.b * p.pages_b;
-      int tile = piece.tile;
       if (!waited) {
+        const int last = more ? piece.tile + min(p.ahead, piece.tiles) : piece.tile;
+#pragma unroll 1
+        for (int tile = piece.tile; tile < last && !*shared.ended; ++tile) load_tile(pages, tile, page_of(pages, tile, true), 0, true);
+        if constexpr (!Shape::Wide) {
+          if (q && more && !*shared.ended) prefetch_q();
+        }
+        wait_for_previous_grid();
         waited = true;
-        placed = !begin_early(walker, pages, more);
-        if (!more && placed) break;
-        ++tile;
-        ++stage;
-        if (!placed) {
-          ++pieces;
+        if (__any_sync(~0u, walker.stale(lane))) {
+          placed = false;
           continue;
         }
       }
       if (!more) break;
-      int page = page_of(pages, tile, false);
-      if (!Shape::Wide && q && tile == piece.tile) load_q(pieces);  // while the page is on its way
+      int page = page_of(pages, piece.tile, false);
+      if (!Shape::Wide && q) load_q(pieces);  // while the page is on its way
 #pragma unroll 1
-      for (; tile < piece.tile + piece.tiles; ++tile) {
+      for (int tile = piece.tile; tile < piece.tile + piece.tiles; ++tile) {
         const int next_page = page_of(pages, tile + 1, false);
         mbarrier_wait(shared.empty + 8 * stage, phase);
         load_tile(pages, tile, page, stage, false);

@@ -58,8 +58,7 @@ struct DecodeParams {
   float scale, out_scale, softcap, softcap_inverse;  // softcap 0: none
 };
 
-// One stretch of keys of one (sequence, head), handled by one CTA. The producer warp finds it; tiles = 0 is the end, count = 0 a
-// guess that was wrong.
+// One stretch of keys of one (sequence, head), handled by one CTA. The producer warp finds it; tiles = 0 is the end.
 struct Piece {
   int b, h, block;   // sequence, KV head, which block of the G * Q rows that share the head
   int length;        // L

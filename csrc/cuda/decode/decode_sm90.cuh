@@ -506,11 +506,6 @@ struct DecodeConsumer {
       const Piece& piece = shared.pieces[q_slot];
       const int tiles = piece.tiles;
       if (tiles == 0) break;
-      if (piece.count == 0) {
-        pass_over(shared);
-        stage = 1;
-        continue;
-      }
       begin(piece);
       if (threadIdx.x == 0) prefetch_counters<Shape>(p, piece);
       q_rows = shared.q + q_slot * Shape::QBytes;

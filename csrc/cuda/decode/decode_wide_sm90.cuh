@@ -212,11 +212,6 @@ struct DecodeWideConsumer {
       const Piece& piece = shared.pieces[0];
       const int tiles = piece.tiles;
       if (tiles == 0) break;
-      if (piece.count == 0) {
-        pass_over(shared);
-        stage = 1;
-        continue;
-      }
       begin(piece);
       if (threadIdx.x == 0) prefetch_counters<Shape>(p, piece);
 #pragma unroll 1
