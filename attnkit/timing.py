@@ -1,7 +1,8 @@
 """How long a launch takes when its data comes from memory: median and spread over rotated buffers.
 
 A call repeated on one set of buffers measures the cache. So every measurement is given several calls that
-do the same on buffers of their own, together at least three times the last shared cache, and goes round.
+do the same on buffers of their own, together at least three times the last shared cache, and goes round. Two
+sets at the least: of one, however large, a launch would find in the cache what the launch before read last.
 
 CUDA: one graph holds many launches, so no host cost is in the number; device events time each replay.
 CPU: a round runs each contender once, in turn, so that drift of a shared machine hits all alike; the
@@ -48,11 +49,11 @@ class Timing:
 
 
 def copies(nbytes: int, arch: Arch, free: int | None = None) -> int:
-    """Sets of buffers of ``nbytes`` that together are three times the last shared cache (1 to 256).
+    """Sets of buffers of ``nbytes`` that together are three times the last shared cache (2 to 256).
 
-    ``free`` bounds them to a quarter of the memory that is left.
+    ``free`` bounds them to a quarter of the memory that is left, or to one.
     """
-    wanted = -(-3 * max(arch.l2, 1) // max(nbytes, 1))
+    wanted = max(2, -(-3 * max(arch.l2, 1) // max(nbytes, 1)))
     if free is not None:
         wanted = min(wanted, free // 4 // max(nbytes, 1))
     return max(1, min(256, wanted))
@@ -189,18 +190,26 @@ class Paired:
         return Paired(timings, {name: statistics.median(b / a for a, b in pairs) for name, pairs in paired_us.items()})
 
 
-def in_turn(replays: Mapping[str, Replay], budget: float = 0.06, least: int = 5) -> Paired:
+def order(names: Sequence[str], turn: int) -> list[str]:
+    """Who runs after whom in round ``turn``: each begins once, then each once the other way round, so that nobody is more
+    often in another's wake than the rest are."""
+    start = turn % len(names)
+    found = [*names[start:], *names[:start]]
+    return found if turn // len(names) % 2 == 0 else found[::-1]
+
+
+def in_turn(replays: Mapping[str, Replay], budget: float = 0.06, least: int = 6) -> Paired:
     """CUDA: replay the graphs one after another, round after round: a clock that sinks under load sinks for all of them.
 
-    ``budget`` is the seconds of each; a round alternates its order. All run on the first one's stream.
+    ``budget`` is the seconds of each; ``order`` says how they take turns. All run on the first one's stream.
     """
     names = list(replays)
     first = replays[names[0]]
     with torch.cuda.device(first.device), torch.cuda.stream(first.stream):
 
-        def marks(order: Sequence[str]) -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
+        def marks(names: Sequence[str]) -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
             taken = {}
-            for name in order:
+            for name in names:
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record(first.stream)
                 replays[name].graph.replay()
@@ -211,7 +220,7 @@ def in_turn(replays: Mapping[str, Replay], budget: float = 0.06, least: int = 5)
         warm = marks(names)
         first.stream.synchronize()
         each = max(sum(a.elapsed_time(b) for a, b in warm.values()) * 1e-3, 1e-5) / len(names)
-        rounds = [marks(names if turn % 2 == 0 else names[::-1]) for turn in range(max(least, min(200, round(budget / each))))]
+        rounds = [marks(order(names, turn)) for turn in range(max(least, min(200, round(budget / each))))]
         first.stream.synchronize()
     launches = {name: replays[name].launches for name in names}
     samples = {n: [r[n][0].elapsed_time(r[n][1]) * 1e3 / launches[n] for r in rounds] for n in names}
@@ -221,8 +230,7 @@ def in_turn(replays: Mapping[str, Replay], budget: float = 0.06, least: int = 5)
 def paired(contenders: Mapping[str, Sequence[Call]], budget: float = 1.0, least: int = 5) -> Paired:
     """CPU: time ``contenders`` (name -> calls over buffers of their own) in turn.
 
-    ``budget`` is the seconds for all of them; at least ``least`` rounds run, after one that warms up.
-    A round alternates its order, so that none always runs in another's wake.
+    ``budget`` is the seconds for all of them; at least ``least`` rounds run, each in its ``order``, after one that warms up.
     """
     names = list(contenders)
     for calls in contenders.values():
@@ -235,7 +243,7 @@ def paired(contenders: Mapping[str, Sequence[Call]], budget: float = 1.0, least:
     try:
         turn = 0
         while turn < least or (time.perf_counter() < deadline and turn < 1000):
-            for name in names if turn % 2 == 0 else reversed(names):
+            for name in order(names, turn):
                 calls = contenders[name]
                 call = calls[turn % len(calls)]
                 start = time.perf_counter_ns()

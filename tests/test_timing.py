@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_copies_are_three_times_the_cache():
     assert timing.copies(60 << 20, H200) == 3
     assert timing.copies((60 << 20) + 1, H200) == 3
     assert timing.copies(1 << 20, H200) == 180
-    assert timing.copies(10 << 30, H200) == 1
+    assert timing.copies(10 << 30, H200) == 2, "of one set the next launch would find the end in the cache"
     assert timing.copies(1, H200) == 256, "a tiny case is not cloned without end"
 
 
@@ -48,6 +49,17 @@ def test_paired_sees_a_ratio_and_goes_round_every_buffer():
     assert {"a0", "a1", "b"} == set(seen[3:]), "every buffer has its turn after the warm-up"
     order = [n[0] for n in seen[3:]]
     assert order[:4] == ["a", "b", "b", "a"], "rounds alternate who goes first"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_nobody_runs_in_anothers_wake_more_than_the_rest_do(n):
+    names = "abcd"[:n]
+    rounds = [timing.order(names, turn) for turn in range(2 * n)]
+    assert all(sorted(r) == list(names) for r in rounds)
+    for place in range(n):
+        assert sorted(r[place] for r in rounds) == sorted(2 * names), "each has each place as often"
+    before = [a + b for r in rounds for a, b in pairwise(r)]
+    assert len({before.count(a + b) for a in names for b in names if a != b}) <= (1 if n < 4 else 2)
 
 
 def test_a_time_of_zero_is_an_error(monkeypatch):
