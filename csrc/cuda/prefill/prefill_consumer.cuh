@@ -11,8 +11,8 @@
 namespace attnkit {
 
 template <class Shape>
-struct PrefillConsumer : PrefillProducts<Shape, Rows> {
-  using Base = PrefillProducts<Shape, Rows>;
+struct PrefillConsumer : PrefillProducts<Shape, Rows<!Shape::Widened>> {
+  using Base = PrefillProducts<Shape, Rows<!Shape::Widened>>;
   using typename Base::Place;
   using Base::p, Base::s, Base::group, Base::lane, Base::k_ring, Base::q_ring, Base::items, Base::rows, Base::scores, Base::out,
       Base::probabilities, Base::BN, Base::take_turn, Base::give_turn, Base::multiply_qk, Base::rescale, Base::release_k,
@@ -75,9 +75,9 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows> {
   // whole is weighed without a look at its largest scores; where the weights tell that it was not, the scores are made again.
   template <bool Capped>
   ATTNKIT_DEVICE bool soften(const Span& span, const Cap& cap, const float (&factor)[2], int block, float (&decay)[2]) {
-    if (Shape::Easy && easy && span.seen_whole(block)) {
+    if (Shape::Easy && (!Capped || Shape::Bf16) && easy && span.seen_whole(block)) {  // other types' capped weights are not flat
       if constexpr (Capped) {
-        if (rows.template weigh_near<Scores>(scores, cap, unit)) return false;
+        if (rows.template weigh_near<Scores>(scores, cap)) return false;
         easy = false;
       } else {
         if (rows.template weigh_low<Scores>(scores, factor)) return false;

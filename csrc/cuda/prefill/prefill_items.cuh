@@ -15,7 +15,12 @@ struct Ring {
   int stage = 0;
   u32 parity = 0;
   ATTNKIT_DEVICE void next() {
-    if (++stage == Stages) stage = 0, parity ^= 1;
+    if constexpr (Stages == 2) {  // by fewer instructions
+      stage ^= 1;
+      parity ^= stage ^ 1;
+    } else if (++stage == Stages) {
+      stage = 0, parity ^= 1;
+    }
   }
 };
 

@@ -49,7 +49,14 @@ struct PrefillProducts {
     if constexpr (Shape::Consumers > 1) named_barrier_arrive(1 + (group + 1) % Shape::Consumers, 256);
   }
 
-  // Descriptors count addresses in 16 bytes: moving an operand is one addition.
+  // Descriptors count addresses in 16 bytes, in their lower half: moving an operand is one addition of 32 bits. Every instruction
+  // in the loop takes its turn from the tensor cores.
+  static ATTNKIT_DEVICE u64 moved(u64 descriptor, u32 by) {
+    u64 r;
+    asm("{\n.reg .b32 lo, hi;\nmov.b64 {lo, hi}, %1;\nadd.u32 lo, lo, %2;\nmov.b64 %0, {lo, hi};\n}" : "=l"(r) : "l"(descriptor), "r"(by));
+    return r;
+  }
+
   ATTNKIT_DEVICE void multiply_qk() {
     const u64 q = wgmma_descriptor(s.q + group * (64 * 128), 16, 1024) + q_ring.stage * (Shape::QBytes / 16);
     const u64 k = wgmma_descriptor(s.k, 16, 1024) + k_ring.stage * (Shape::KBytes / 16);
@@ -57,7 +64,7 @@ struct PrefillProducts {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Shape::D / 16; ++i) {
-      wgmma_ss<Shape::Bf16>(scores, q + i / 4 * (Shape::Rows * 8) + i % 4 * 2, k + i / 4 * (BN * 8) + i % 4 * 2, i > 0);
+      wgmma_ss<Shape::Bf16>(scores, moved(q, i / 4 * (Shape::Rows * 8) + i % 4 * 2), moved(k, i / 4 * (BN * 8) + i % 4 * 2), i > 0);
     }
     wgmma_commit();
   }
@@ -96,7 +103,7 @@ struct PrefillProducts {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Keys / 16; ++i) {
-      wgmma_rs_transposed<Shape::Bf16>(out, probabilities + 4 * i, v + i * 128, i > 0 ? 1 : accumulate);
+      wgmma_rs_transposed<Shape::Bf16>(out, probabilities + 4 * i, moved(v, i * 128), i > 0 ? 1 : accumulate);
     }
     wgmma_commit();
   }

@@ -17,7 +17,8 @@ template <int D_, int DV_, bool Bf16_, int KvType_, int Stages_, int RawStages_>
 struct PrefillQ8Shape {
   static constexpr int D = D_, DV = DV_, Consumers = 2, BN = 128, Stages = Stages_, QStages = 1, KvType = KvType_;
   static constexpr bool Bf16 = false, OutBf16 = Bf16_, Widened = true, Easy = true;
-  static constexpr int RawStages = RawStages_, Loaders = 4, Fillers = 4, Followers = Fillers + Loaders - 1;  // warps
+  // Warps: a step of heads of 64 is too short for two loaders, and more than are needed take turns from the products.
+  static constexpr int RawStages = RawStages_, Loaders = D == 64 ? 4 : 2, Fillers = 4, Followers = Fillers + Loaders - 1;
   static constexpr int Rows = 64 * Consumers, Threads = 128 * (Consumers + 2);
   static constexpr int QBytes = Rows * D * 2, KBytes = BN * D * 2, VBytes = BN * DV * 2;
   static constexpr int RawBytes = 128 * 128;  // 64 columns of Q, or a tile of K or V

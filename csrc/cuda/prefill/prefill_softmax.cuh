@@ -19,7 +19,7 @@ constexpr float kMostLow = 8192.f;  // of a thread's weights of a block and row:
 // Softcap: a raw score s becomes the logit softcap * tanh(s * scale / softcap), in units of log2 here.
 struct Cap {
   float reach;  // raw scores up to here go by the polynomial
-  float near4;  // scores whose fourth powers sum up to this go by the shorter one
+  float near2;  // scores whose squares come up to this go by the shorter one
   float c0, c1, c2, n0, n1;
   float inner, outer;
   bool flat;  // logits are so small that weights need no maximum: exp(60) times a million is far from overflow
@@ -29,8 +29,7 @@ struct Cap {
     const float u = scale / softcap, u2 = u * u, unit = scale * kLog2e;
     reach = kTanhReach / u;
     n0 = kTanhNear0 * unit, n1 = kTanhNear1 * unit * u2;
-    const float near = kTanhNear / u;
-    near4 = near * near * near * near;
+    near2 = kTanhNear / u * (kTanhNear / u);
     c0 = kTanh0 * unit, c1 = kTanh1 * unit * u2, c2 = kTanh2 * unit * u2 * u2;
     inner = 2.0f * kLog2e * u, outer = softcap * kLog2e;
     flat = wide_range && softcap <= kMostFlatCap;
@@ -65,7 +64,9 @@ struct Cap {
   }
 };
 
-// N: how many of a thread's scores count.
+// N: how many of a thread's scores count. Beside: weights of the rows side by side, not one row after the other: ptxas makes
+// faster code of that for 16-bit keys, and slower code where they are widened.
+template <bool Beside>
 struct Rows {
   float top[2], sum[2];  // the maximum that sums and outputs are relative to (a raw score), this thread's part of the sum
   int low[2], high[2];   // keys the rows see: [low, high)
@@ -99,45 +100,54 @@ struct Rows {
     }
   }
 
-  // Logits in log2 to weights relative to 2^0.
-  template <int N, int Held>
-  ATTNKIT_DEVICE void weigh_flat(float (&scores)[Held]) {
+  // scores -> 2^logit(score, row), in place, and each row's sum of them; neighbours are added to each other first.
+  template <int N, int Held, class Logit>
+  static ATTNKIT_DEVICE void raise(float (&scores)[Held], float (&total)[2], const Logit& logit) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float total = sum[r], other = 0.f;
-#pragma unroll
-      for (int i = 0; i < N / 4; ++i) {
-        total += scores[4 * i + 2 * r] = exp2_fast(scores[4 * i + 2 * r]);
-        other += scores[4 * i + 2 * r + 1] = exp2_fast(scores[4 * i + 2 * r + 1]);
-      }
-      sum[r] = total + other;
-      top[r] = 0.f;
+    for (int n = 0; n < N / 2; ++n) {
+      const int i = Beside ? n / 2 : n % (N / 4), r = Beside ? n % 2 : n / (N / 4);
+      float& x = scores[4 * i + 2 * r];
+      float& y = scores[4 * i + 2 * r + 1];
+      x = exp2_fast(logit(x, r));
+      y = exp2_fast(logit(y, r));
+      total[r] = i == 0 ? x + y : total[r] + (x + y);
     }
   }
 
-  // The same of raw scores (times unit) by the short polynomial. False (and nothing summed) where one may be too large for
-  // it: the sum of their fourth powers shows it.
+  // Logits in log2 to weights relative to 2^0.
   template <int N, int Held>
-  ATTNKIT_DEVICE bool weigh_near(float (&scores)[Held], const Cap& cap, const float (&unit)[2]) {
-    float total[2], large = 0.f;
+  ATTNKIT_DEVICE void weigh_flat(float (&scores)[Held]) {
+    float total[2];
+    raise<N>(scores, total, [](float logit, int) { return logit; });
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float n0 = cap.n0 * unit[r], n1 = cap.n1 * unit[r] * unit[r] * unit[r];
-      float even = 0.f, odd = 0.f, fourth = 0.f, fourth_odd = 0.f;
+    for (int r = 0; r < 2; ++r) sum[r] += total[r], top[r] = 0.f;
+  }
+
+  // Of raw scores, by the short polynomial. False (and nothing summed) where one is too large for it.
+  template <int N, int Held>
+  ATTNKIT_DEVICE bool weigh_near(float (&scores)[Held], const Cap& cap) {
+    float even[2], odd[2];
+    int square[2] = {0, 0};  // the largest, as bits: floats of one sign are ordered like integers
 #pragma unroll
-      for (int i = 0; i < N / 4; ++i) {
+    for (int i = 0; i < N / 4; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
         float& x = scores[4 * i + 2 * r];
         float& y = scores[4 * i + 2 * r + 1];
         const float x2 = x * x, y2 = y * y;
-        fourth = fmaf(x2, x2, fourth);
-        fourth_odd = fmaf(y2, y2, fourth_odd);
-        even += x = exp2_fast(x * fmaf(n1, x2, n0));
-        odd += y = exp2_fast(y * fmaf(n1, y2, n0));
+        square[r] = max(max(square[r], __float_as_int(x2)), __float_as_int(y2));  // one instruction
+        x = exp2_fast(x * fmaf(cap.n1, x2, cap.n0));
+        even[r] = i == 0 ? x : even[r] + x;
+        y = exp2_fast(y * fmaf(cap.n1, y2, cap.n0));
+        odd[r] = i == 0 ? y : odd[r] + y;
       }
-      total[r] = even + odd;
-      if (high[r]) large = fmaf(fourth + fourth_odd, unit[r] * unit[r] * unit[r] * unit[r], large);
     }
-    if (__any_sync(~0u, !(large <= cap.near4))) return false;
+    const float total[2] = {even[0] + odd[0], even[1] + odd[1]}, most[2] = {__int_as_float(square[0]), __int_as_float(square[1])};
+    asm volatile("" ::"f"(total[0]), "f"(total[1]));  // not behind the question, where nothing stands beside them
+    bool near = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) near = near && (!high[r] || most[r] <= cap.near2);
+    if (!__all_sync(~0u, near)) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) sum[r] += total[r], top[r] = 0.f;
     return true;
@@ -147,23 +157,10 @@ struct Rows {
   // sums show it, so no maximum is looked for.
   template <int N, int Held>
   ATTNKIT_DEVICE bool weigh_low(float (&scores)[Held], const float (&factor)[2]) {
+    const float base[2] = {top[0] * factor[0], top[1] * factor[1]};
     float total[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float base = top[r] * factor[r];
-      float even = 0.f, odd = 0.f;
-#pragma unroll
-      for (int i = 0; i < N / 4; ++i) {
-        float& x = scores[4 * i + 2 * r];
-        float& y = scores[4 * i + 2 * r + 1];
-        x = exp2_fast(fmaf(x, factor[r], -base));
-        y = exp2_fast(fmaf(y, factor[r], -base));
-        even += x;
-        odd += y;
-      }
-      total[r] = even + odd;
-    }
-    if (__any_sync(~0u, (high[0] && !(total[0] <= kMostLow)) || (high[1] && !(total[1] <= kMostLow)))) return false;
+    raise<N>(scores, total, [&](float x, int r) { return fmaf(x, factor[r], -base[r]); });
+    if (__any_sync(~0u, ((high[0] != 0) & !(total[0] <= kMostLow)) | ((high[1] != 0) & !(total[1] <= kMostLow)))) return false;
     sum[0] += total[0];
     sum[1] += total[1];
     return true;
@@ -192,21 +189,12 @@ struct Rows {
   // scores -> exp2((scores - top) * factor), in place.
   template <int N, int Held>
   ATTNKIT_DEVICE void weigh(float (&scores)[Held], const float (&factor)[2], const float (&decay)[2]) {
+    float base[2], total[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float base = top[r] == negative_infinity() ? 0.0f : top[r] * factor[r];
-      float total = 0.f, other = 0.f;
+    for (int r = 0; r < 2; ++r) base[r] = top[r] == negative_infinity() ? 0.0f : top[r] * factor[r];
+    raise<N>(scores, total, [&](float x, int r) { return fmaf(x, factor[r], -base[r]); });
 #pragma unroll
-      for (int i = 0; i < N / 4; ++i) {
-        float& x = scores[4 * i + 2 * r];
-        float& y = scores[4 * i + 2 * r + 1];
-        x = exp2_fast(fmaf(x, factor[r], -base));
-        y = exp2_fast(fmaf(y, factor[r], -base));
-        total += x;
-        other += y;
-      }
-      sum[r] = fmaf(sum[r], decay[r], total + other);
-    }
+    for (int r = 0; r < 2; ++r) sum[r] = fmaf(sum[r], decay[r], total[r]);
   }
 };
 
