@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,10 @@ def test_integrations_use_public_names_only(path):
 def test_cuda_sources_know_no_torch_or_python(path):
     includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
     assert not any(word in line for line in includes for word in ("torch", "ATen", "c10", "Python.h", "pybind"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc/cuda").rglob("*.cu*")), ids=lambda p: p.name)
+def test_no_load_may_pass_the_wait_for_the_grid_before(path):
+    """ptxas moved loads that are declared constant to before griddepcontrol.wait: what they read was not yet written."""
+    code = re.sub(r"//.*", "", path.read_text())
+    assert not re.search(r"\.global(\.\w+)*\.nc\b|__ldg\b|__restrict__", code)

@@ -10,7 +10,6 @@ import torch
 
 import attnkit
 from attnkit import arch, reference
-from attnkit.backends.cuda import images
 from attnkit.configs import quantize as configs
 from attnkit.quantize import KERNELS, RMS_NORM_KERNELS, SILU_MUL_KERNELS
 from attnkit.signature import QuantSig, RmsNormQuantSig, SiluMulQuantSig
@@ -280,13 +279,6 @@ def test_a_captured_graph_replays_with_other_values():
     for got, want in zip(captured, run()):
         assert torch.equal(got, want)
     assert torch.equal(r, after)
-
-
-def test_no_load_may_pass_the_wait_for_the_previous_grid():
-    """ptxas takes what is declared constant to before griddepcontrol.wait, where it may not be written yet."""
-    text = images.flatten(images.source_dir() / "quantize" / "quantize_sm90.cu")
-    code = re.sub(r"//.*", "", text)
-    assert "ld.global." in code and "ld.global.nc" not in code and "__ldg" not in code
 
 
 @pytest.mark.gpu
