@@ -56,8 +56,8 @@ def cases() -> Iterator[tuple[Any, str]]:
         *(Quantize(M=9, K=1000, dtype=kind) for kind in ("int8", "fp8")),
         Sample(B=3, V=32003, top_k=50, top_p=0.9),
         Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
-        Sample(B=16, V=32003, top_p=0.9),
-        Sample(B=16, V=32003, temperature=9.0, top_p=0.9),  # more tokens are kept than lists hold
+        # By arrival, and by cutting the row; flat rows, of which more is kept than shared memory or lists hold.
+        *(Sample(B=16, V=32003, top_p=0.9, temperature=t, dtype=kind) for kind in ("fp32", "bf16") for t in (1.0, 9.0)),
         Sample(B=3, V=32003, dtype="bf16"),
         Sample(B=3, V=32003, temperature=0.0),
         Sample(B=3, V=32003, top_k=300, logprobs=5),

@@ -104,17 +104,22 @@ def test_rows_in_order_of_logit(options, impl, device):
         assert (got.tokens != want.tokens).sum() <= 1
 
 
-@pytest.mark.parametrize(("impl", "device"), CUDA)
-@pytest.mark.parametrize("B", [1, 15, 16, 30, 40, 50, 64, 100, 140, 270])
-@pytest.mark.parametrize("k", [True, False], ids=["k", "no-k"])
-def test_a_batch_of_any_size(k, B, impl, device):
-    """Which kernel draws, and how many CTAs share a row, depends on it; rows of every kind side by side."""
-    V = 33000
+def chooser(B: int):
+    """A function that gives each of ``B`` rows one of several values, by chance."""
     g = torch.Generator(device="cuda").manual_seed(B)
 
     def one_of(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(values, device="cuda", dtype=dtype)[torch.randint(0, len(values), (B,), generator=g, device="cuda")]
 
+    return one_of
+
+
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("B", [1, 15, 16, 30, 40, 50, 64, 100, 140, 270])
+@pytest.mark.parametrize("k", [True, False], ids=["k", "no-k"])
+def test_a_batch_of_any_size(k, B, impl, device):
+    """Which kernel draws, and how many CTAs share a row, depends on it; rows of every kind side by side."""
+    V, one_of = 33000, chooser(B)
     o = {"temperature": one_of(1.0, 0.7, 1.5, 9.0, 0.0), "top_p": one_of(1.0, 0.9, 0.5, 0.99), "min_p": one_of(0.0, 0.0, 0.05)}
     if k:
         o["top_k"] = one_of(0, 0, 0, 1, 50, 200, dtype=torch.int64)
@@ -124,6 +129,23 @@ def test_a_batch_of_any_size(k, B, impl, device):
     got, want = both(x, impl, seed=11, **o)
     assert torch.equal(got.valid, want.valid)
     assert (got.tokens != want.tokens).sum() <= B // 64
+
+
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("B", [1, 8, 15, 16, 33, 64, 100, 140, 270])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_top_p_alone_of_any_batch(dtype, B, impl, device):
+    """Kept from one token to all; greedy rows and rows without a filter, NaN, nothing and +inf among them."""
+    V, one_of = 40001, chooser(B)
+    o = {"temperature": one_of(1.0, 0.7, 1.5, 9.0, 0.0), "top_p": one_of(1.0, 0.9, 0.5, 0.1, 0.99, 0.001)}
+    x = normal(B, V, dtype, seed=B)
+    x[B // 5, 777] = float("inf")
+    x[B // 3, V - 1] = float("nan")
+    x[B // 2] = -float("inf")
+    for seed in range(2):
+        got, want = both(x, impl, seed=seed, **o)
+        assert torch.equal(got.valid, want.valid)
+        assert (got.tokens != want.tokens).sum() <= max(1, B // 64)
 
 
 @pytest.mark.parametrize(("impl", "device"), GPU)

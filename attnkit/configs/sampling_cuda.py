@@ -33,5 +33,7 @@ def candidates(sig: SampleSig, arch: Arch) -> list[CudaConfig]:
 
 CUDA = Space(
     "sample", "cuda_sm90", CudaConfig, default, candidates, bucket,
-    sources=tuple(f"csrc/cuda/sampling/sample_{part}_sm90.cuh" for part in ("row", "group", "stream", "draw", "topk")),
+    sources=tuple(
+        f"csrc/cuda/sampling/sample_{part}_sm90.cuh" for part in ("row", "group", "stream", "draw", "topk", "arrive")
+    ),
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but two for a short top-k, and three where a
-tensor leaves open which rows have one. One more for log-probabilities."""
+"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but two for a short top-k and for
+top-p by arrival, and three where a tensor leaves open which rows have a short top-k. One more for log-probabilities."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def _supports(sig: SampleSig) -> str | None:
 
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
-    """Who draws: "all" tokens, a "short" top-k, a "cut" of many rows, the "rest" of the filters. Each row is drawn by one."""
+    """Who draws: "all" tokens, a "short" top-k, top-p alone by "arrival", a "cut" of many rows, the "rest" of the filters.
+    Each row is drawn by one."""
     if not filtered(sig):
         return ("all",)
     k = sig.top_k
@@ -56,7 +57,12 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
         return ("short",)
     if k is None:
         return ("short", "rest")
-    return ("cut",) if not 0 < k < sig.V and sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
+    if 0 < k < sig.V:
+        return ("rest",)
+    alone = sig.min_p is not None and sig.min_p <= 0.0 and not _extras(sig)
+    if alone and builds.by_arrival(KINDS[sig.dtype], sig.B, sig.V, arch.of(sig.device).sms):
+        return ("arrival",)
+    return ("cut",) if sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
 
 
 def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
@@ -65,20 +71,22 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
         return (builds.draw(kind, penalised, sig.temperature == 0.0),)
     if way == "short":
         return builds.short_top_k(kind, penalised)
+    if way == "arrival":
+        return builds.top_p(kind)
     if way == "cut":
         return (builds.cut(kind, penalised),)
     held = builds.held_bytes(kind, penalised)
     return (builds.filters(kind, penalised, builds.filter_ctas(builds.cluster(sig.V)[1], held)),)
 
 
-def _used(sig: SampleSig, options: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without tensors that no option reads: neither counts nor the prompt matter while their penalties are off."""
-    idle = set()
+def _extras(sig: SampleSig) -> set[str]:
+    """The tensors that come and that an option reads: neither counts nor the prompt matter while their penalties are off."""
+    given = {name for name in STRIDES if getattr(sig, name)}
     if sig.repetition_penalty == 1.0:
-        idle.add("prompt_mask")
+        given.discard("prompt_mask")
         if sig.presence_penalty == 0.0 and sig.frequency_penalty == 0.0:
-            idle.add("counts")
-    return {n: t for n, t in options.items() if n not in idle}
+            given.discard("counts")
+    return given
 
 
 def _values(sig: SampleSig, strides: dict[str, int]) -> dict[str, Any]:
@@ -113,16 +121,17 @@ def _made(
 def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
     """What all calls of a plan have in common."""
     sig, state, ways = plan.sig, plan.state, _ways(plan.sig)
-    used = _used(sig, options)
+    extras = _extras(sig)
+    used = {n: t for n, t in options.items() if n not in STRIDES or n in extras}
     strides = {f"{name}_b": used[name].stride(0) * size for name, size in STRIDES.items() if name in used}
     values, penalised = _values(sig, strides), bool(strides)
-    scratch = "peaks" if "short" in ways else "state"
+    scratch = "peaks" if ways[0] in ("short", "arrival") else "state"
     pointers = ("logits", "seeds", "tokens", "valid", *used, scratch)
     state["options"] = tuple(used)
     state["index"] = launch.index_of(sig.device)
     state["scratch"] = {}
     state["counters"] = 4 * sig.B if "all" in ways else 0
-    state["partial_bytes"] = builds.peak_bytes(sig.B, sig.V) if "short" in ways else 0
+    state["partial_bytes"] = sig.B * builds.groups(sig.V) * {"short": 4, "arrival": 8}.get(ways[0], 0)
     made = []
     for way in ways:
         variants = _variants(sig, way, penalised)
@@ -133,6 +142,12 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
             made.append(
                 _made(sig, variants[1], "attnkit_sample_topk", sig.B, values, pointers, threads=builds.TOPK_THREADS)
             )  # fmt: skip
+        elif way == "arrival":
+            made.append(_made(sig, variants[0], "attnkit_sample_masses", plan.config.ctas, values, pointers))
+            size = builds.arrive_parts(sig.B, sig.V, arch.of(sig.device).sms)
+            shared, threads = builds.arrive_bytes(sig.V, size), builds.ARRIVE_THREADS
+            name, grid = "attnkit_sample_arrive", sig.B * size
+            made.append(_made(sig, variants[1], name, grid, values, pointers, cluster=size, shared=shared, threads=threads))
         elif way == "cut":
             size = builds.parts(sig.B, sig.V, arch.of(sig.device).sms, sig.top_p != 1.0)
             shared = builds.CUT_BYTES + 8 * builds.THREADS * builds.CUT_ROOM

@@ -83,6 +83,7 @@ ATTNKIT_DEVICE void sample_draw(const SampleParams& p) {
   __shared__ u64 reached;
   if (threadIdx.x == 0) reached = 0;
   __syncthreads();
+  ask_l2_early<Type>(p);
   wait_for_previous_grid();
   launch_dependents();
   DrawWork<Type, Penalised, Greedy> work(p, &reached);

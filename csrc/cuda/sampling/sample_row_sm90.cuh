@@ -70,6 +70,12 @@ ATTNKIT_DEVICE u64 warp_max(u64 x) {
   return static_cast<u64>(most) << 32 | __reduce_max_sync(0xffffffffu, high == most ? static_cast<u32>(x) : 0u);
 }
 
+// One of four in registers, by the last two bits of ``at``.
+template <class T>
+ATTNKIT_DEVICE T one_of(const T (&x)[4], int at) {
+  return at & 2 ? (at & 1 ? x[3] : x[2]) : (at & 1 ? x[1] : x[0]);
+}
+
 // ---- logits ----
 
 // A row's numbers, from tensors where those come.
@@ -197,11 +203,11 @@ struct Extras {
 ATTNKIT_DEVICE void load_counts(int (&counts)[4], const RowPointers& r, int v, int V) {
   if (r.counts != nullptr) {
     if (r.wide && v + 4 <= V) {
-      const int4 n = __ldg(reinterpret_cast<const int4*>(r.counts) + v / 4);
+      const int4 n = *(reinterpret_cast<const int4*>(r.counts) + v / 4);
       counts[0] = n.x, counts[1] = n.y, counts[2] = n.z, counts[3] = n.w;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) counts[i] = v + i < V ? __ldg(reinterpret_cast<const int*>(r.counts) + v + i) : 0;
+      for (int i = 0; i < 4; ++i) counts[i] = v + i < V ? *(reinterpret_cast<const int*>(r.counts) + v + i) : 0;
     }
   } else {
 #pragma unroll
@@ -213,14 +219,14 @@ ATTNKIT_DEVICE void load_masks(Extras& e, const RowPointers& r, int v, int V) {
   e.prompt = 0;
   if (r.prompt != nullptr) {
     if (r.wide && v + 4 <= V) {
-      e.prompt = __ldg(reinterpret_cast<const u32*>(r.prompt) + v / 4);
+      e.prompt = *(reinterpret_cast<const u32*>(r.prompt) + v / 4);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) e.prompt |= v + i < V ? static_cast<u32>(__ldg(reinterpret_cast<const u8*>(r.prompt) + v + i)) << 8 * i : 0;
+      for (int i = 0; i < 4; ++i) e.prompt |= v + i < V ? static_cast<u32>(*(reinterpret_cast<const u8*>(r.prompt) + v + i)) << 8 * i : 0;
     }
   }
   e.allowed = 0xfu;
-  if (r.allowed != nullptr) e.allowed = v < V ? __ldg(reinterpret_cast<const u32*>(r.allowed) + v / 32) >> (v & 31) : 0;
+  if (r.allowed != nullptr) e.allowed = v < V ? *(reinterpret_cast<const u32*>(r.allowed) + v / 32) >> (v & 31) : 0;
 }
 
 ATTNKIT_DEVICE void load_extras(Extras& e, const RowPointers& r, int v, int V) {
@@ -236,23 +242,32 @@ ATTNKIT_DEVICE float divide(float x, float t, float reciprocal) {
 
 // Penalties, bias and mask, each rounded by itself as the reference rounds. A raw NaN stays, one made here is -inf.
 ATTNKIT_DEVICE void penalise(float (&x)[4], const Extras& e, const RowPointers& r, const RowOptions& o, int v, int V) {
-  if ((e.counts[0] | e.counts[1] | e.counts[2] | e.counts[3] | static_cast<int>(e.prompt)) != 0) {
+  u32 some = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool drawn = e.counts[i] > 0, seen = drawn || (e.prompt >> 8 * i & 0xff) != 0;
-      float y = fminf(x[i], kF32Max);
-      const float repeated = y > 0.0f ? divide(y, o.repetition, o.rr) : __fmul_rn(y, o.repetition);
-      y = seen ? repeated : y;
-      y = __fsub_rn(y, __fmul_rn(o.frequency, static_cast<float>(e.counts[i])));
-      y = __fsub_rn(y, drawn ? o.presence : 0.0f);
-      y = y == y ? y : negative_infinity();
-      x[i] = x[i] == x[i] ? y : x[i];
-    }
+  for (int i = 0; i < 4; ++i) some |= e.counts[i] != 0 ? 1u << i : 0;
+  if (e.prompt != 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) some |= (e.prompt >> 8 * i & 0xff) != 0 ? 1u << i : 0;
+  }
+  // One by one: they are few.
+#pragma unroll 1
+  for (; some != 0; some &= some - 1) {
+    const int i = __ffs(some) - 1, count = one_of(e.counts, i);
+    const float raw = one_of(x, i);
+    const bool drawn = count > 0, seen = drawn || (e.prompt >> 8 * i & 0xff) != 0;
+    float y = fminf(raw, kF32Max);
+    const float repeated = y > 0.0f ? divide(y, o.repetition, o.rr) : __fmul_rn(y, o.repetition);
+    y = seen ? repeated : y;
+    y = __fsub_rn(y, __fmul_rn(o.frequency, static_cast<float>(count)));
+    y = __fsub_rn(y, drawn ? o.presence : 0.0f);
+    y = raw == raw ? (y == y ? y : negative_infinity()) : raw;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = j == i ? y : x[j];
   }
   if (r.bias != nullptr) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float y = v + i < V ? __fadd_rn(fminf(x[i], kF32Max), __ldg(reinterpret_cast<const float*>(r.bias) + v + i)) : x[i];
+      float y = v + i < V ? __fadd_rn(fminf(x[i], kF32Max), *(reinterpret_cast<const float*>(r.bias) + v + i)) : x[i];
       y = y == y ? y : negative_infinity();
       x[i] = x[i] == x[i] ? y : x[i];
     }

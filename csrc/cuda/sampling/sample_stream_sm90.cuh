@@ -83,6 +83,38 @@ ATTNKIT_DEVICE void load_piece(Raw<Penalised ? kF32 : Type> (&held)[4], const Ro
   fetched.use(held, r, o, v, V);
 }
 
+// L2 asks for a piece's logits and counts.
+template <int Type>
+ATTNKIT_DEVICE void ask_l2(const SampleParams& p, int b, int first) {
+  constexpr int kItem = Type == kF32 ? 4 : 2;
+  const bool logits = lane_id() < 16;
+  const i64 v = first + static_cast<int>(lane_id() & 15) * 128 / (logits ? kItem : 4);
+  if (v >= p.V) return;
+  if (logits) {
+    prefetch_l2(p.logits + b * p.logits_b + v * kItem);
+  } else if (p.counts != nullptr) {
+    prefetch_l2(p.counts + b * p.counts_b + v * 4);
+  }
+}
+
+// Before the grid before has ended: L2 asks for every warp's first block, and its row's options. It stays coherent with who
+// may still write them. Not where a warp has few blocks: they would come in the way of that grid's.
+template <int Type>
+ATTNKIT_DEVICE void ask_l2_early(const SampleParams& p) {
+  const i64 all = static_cast<i64>(p.B) * p.blocks;
+  const int end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x), first = static_cast<int>(all * blockIdx.x / gridDim.x);
+  if (end - first < 3 * kSampleWarps) return;
+  const int n = first + static_cast<int>(threadIdx.x / 32), b = n / p.blocks, lane = static_cast<int>(lane_id());
+  constexpr int kItem = Type == kF32 ? 4 : 2, kLine = 128 / kItem;
+#pragma unroll
+  for (int i = 0; i < kBlock / kLine; i += 32) {
+    const i64 v = (n - b * p.blocks) * kBlock + (lane + i) * kLine;
+    if (v < p.V) prefetch_l2(p.logits + b * p.logits_b + v * kItem);
+  }
+  if (lane == 0 && p.temperature != nullptr) prefetch_l2(p.temperature + b);
+  if (lane == 1) prefetch_l2(p.seeds + b);
+}
+
 // What a warp does with a row that it wants: ask for its options, begin, block and its pieces (after penalties; their
 // number in the row and their place in the block), end with the number of blocks of the row that this warp took. With
 // penalties the next piece is on its way where there are registers for it (kAhead).
@@ -144,6 +176,7 @@ ATTNKIT_DEVICE void stream_rows(const SampleParams& p, Work& work) {
           const bool same = u < 3;
           fetched.ask(row_pointers<Type>(p, same ? spot.b : next.b), same ? v + (u + 1) * kPiece : first_of(next), p.V);
         }
+        if (Work::kAhead && (u < 2 || !last)) ask_l2<Type>(p, u < 2 ? spot.b : next.b, (u < 2 ? spot.v : next.v) + (u + 2) % 4 * kPiece);
         work.template piece<kHeldType>(held, piece + u, u);
       }
       if (!Penalised && next.whole) {

@@ -123,18 +123,28 @@ struct TopkRow {
     return top > negative_infinity();
   }
 
+  // A bit for each of four that are at least ``from``.
+  ATTNKIT_DEVICE static u32 reaching(const float (&x)[4], float from) {
+    return (x[0] >= from ? 1u : 0u) | (x[1] >= from ? 2u : 0u) | (x[2] >= from ? 4u : 0u) | (x[3] >= from ? 8u : 0u);
+  }
+
   // Lists the tokens that are at least ``from`` before temperature. False if there was no room.
   ATTNKIT_DEVICE bool collect(const float4* peaks, int n, float from, float mine) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < n && mine >= from; i += kTopkThreads) {
-      const float4 q = peaks[i];
-      if (fmaxf(fmaxf(q.x, q.y), fmaxf(q.z, q.w)) < from) continue;
-      const float x[4] = {q.x, q.y, q.z, q.w};
+    // Few are found: a bit for each, then one by one.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n && mine >= from; i += 4 * kTopkThreads) {
+      u32 found = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (x[j] < from) continue;
-        const int at = atomicAdd(&s.n_groups, 1);
-        if (at < kCandidates) s.groups[at] = 4 * i + j;
+      for (int u = 0; u < 4; ++u) {
+        const int at = i + u * kTopkThreads;
+        const float4 q = peaks[min(at, n - 1)];
+        const float x[4] = {q.x, q.y, q.z, q.w};
+        found |= at < n ? reaching(x, from) << 4 * u : 0;
+      }
+#pragma unroll 1
+      for (; found != 0; found &= found - 1) {
+        const int bit = __ffs(found) - 1, at = atomicAdd(&s.n_groups, 1);
+        if (at < kCandidates) s.groups[at] = 4 * (i + bit / 4 * kTopkThreads) + bit % 4;
       }
     }
     __syncthreads();
@@ -145,9 +155,10 @@ struct TopkRow {
       const int v = first_of_group(s.groups[i / 4]) + i % 4 * kChunk;
       float x[4];
       load_chunk<Type, Penalised>(x, r, o, v, p.V);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (x[j] >= from) append(warm(x[j], o), v + j);
+#pragma unroll 1
+      for (u32 found = reaching(x, from); found != 0; found &= found - 1) {
+        const int j = __ffs(found) - 1;
+        append(warm(one_of(x, j), o), v + j);
       }
     }
     __syncthreads();

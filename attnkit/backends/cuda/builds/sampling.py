@@ -18,8 +18,16 @@ TOPK_THREADS, TOPK_CTAS = 512, 2
 CUT_BYTES, CUT_ROOM = 20944, 46
 #: CTAs that a row is shared by at most, and blocks of a share.
 MOST_PARTS, MOST_BLOCKS = 8, 448
-#: Fewer rows are read sooner by the filter kernel.
+#: Fewer rows are read sooner by other kernels.
 LEAST_CUT_ROWS = 16
+#: Threads of the second kernel for top-p alone, its CTAs on a multiprocessor, and sizeof(ArriveShared) in
+#: csrc/cuda/sampling/sample_arrive_sm90.cuh, which 10 bytes for each of its groups follow, so many at the most.
+ARRIVE_THREADS, ARRIVE_CTAS, ARRIVE_BYTES = 256, 4, 2176
+MOST_LOCAL = 5376
+#: Rows up to which those two draw by top-p alone; more than there are multiprocessors, which the cut kernel takes in two
+#: turns, are theirs too where they are float32 and no more than so many logits.
+MOST_ARRIVAL_ROWS = {BF16: 15, F16: 15, F32: 64}
+MOST_ARRIVAL_LOGITS = 20 << 20
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
@@ -45,8 +53,34 @@ def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
     return first, variant("sampling/sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
 
 
-def peak_bytes(B: int, V: int) -> int:
-    return B * -(-V // BLOCK) * (BLOCK // GROUP) * 4
+def top_p(kind: int) -> tuple[Variant, Variant]:
+    """csrc/cuda/sampling/sample_arrive_sm90.cuh's two kernels: top-p without top-k, min-p and penalties."""
+    first = variant("sampling/sample_masses_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_CTAS": STREAM_CTAS})
+    return first, variant("sampling/sample_arrive_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_CTAS": ARRIVE_CTAS})
+
+
+def by_arrival(kind: int, B: int, V: int, sms: int) -> bool:
+    """True where those two are the quicker for top-p alone, as measured."""
+    fits = groups(V) <= MOST_PARTS * MOST_LOCAL
+    return fits and (B <= MOST_ARRIVAL_ROWS[kind] or (kind == F32 and B > sms and B * V <= MOST_ARRIVAL_LOGITS))
+
+
+def groups(V: int) -> int:
+    """Groups of a row: whole blocks of them."""
+    return -(-V // BLOCK) * (BLOCK // GROUP)
+
+
+def arrive_parts(B: int, V: int, sms: int) -> int:
+    """CTAs that share a row of the second kernel for top-p alone: as many as find room at the same time."""
+    slots = ARRIVE_CTAS * sms
+    fitting = (n for n in range(MOST_PARTS, 1, -1) if n * B <= slots * (1.0 if n == 2 else 0.94))
+    return min(max(next(fitting, 1), -(-groups(V) // MOST_LOCAL)), -(-V // BLOCK))
+
+
+def arrive_bytes(V: int, parts: int) -> int:
+    """Shared memory of the CTA with the most blocks."""
+    blocks = -(-groups(V) // (BLOCK // GROUP) // parts)
+    return ARRIVE_BYTES + 10 * (BLOCK // GROUP) * blocks
 
 
 def filters(kind: int, penalised: bool, ctas: int) -> Variant:
@@ -107,4 +141,5 @@ def shipped() -> list[Variant]:
     cuts = [filters(kind, penalised, 3) for kind in kinds for penalised in (False, True)]
     cuts += [cut(kind, penalised) for kind in kinds for penalised in (False, True)]
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
-    return [*draws, *cuts, *short, *(logprobs(kind, 3) for kind in kinds)]
+    arrivals = [v for kind in kinds for v in top_p(kind)]
+    return [*draws, *cuts, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]
