@@ -57,7 +57,7 @@ def cases() -> Iterator[tuple[Any, str]]:
         Sample(B=3, V=32003, top_k=50, top_p=0.9),
         Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
         # By arrival, and by cutting the row; flat rows, of which more is kept than shared memory or lists hold.
-        *(Sample(B=16, V=32003, top_p=0.9, temperature=t, dtype=kind) for kind in ("fp32", "bf16") for t in (1.0, 9.0)),
+        *(Sample(B=16, V=32003, top_p=0.9, min_p=m, temperature=t) for m in (0.0, 1e-6) for t in (1.0, 9.0)),
         Sample(B=3, V=32003, dtype="bf16"),
         Sample(B=3, V=32003, temperature=0.0),
         Sample(B=3, V=32003, top_k=300, logprobs=5),

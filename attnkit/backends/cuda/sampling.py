@@ -60,7 +60,7 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
     if 0 < k < sig.V:
         return ("rest",)
     alone = sig.min_p is not None and sig.min_p <= 0.0 and not _extras(sig)
-    if alone and builds.by_arrival(KINDS[sig.dtype], sig.B, sig.V, arch.of(sig.device).sms):
+    if alone and builds.fits_by_arrival(sig.V):
         return ("arrival",)
     return ("cut",) if sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
 

@@ -24,10 +24,6 @@ LEAST_CUT_ROWS = 16
 #: csrc/cuda/sampling/sample_arrive_sm90.cuh, which 10 bytes for each of its groups follow, so many at the most.
 ARRIVE_THREADS, ARRIVE_CTAS, ARRIVE_BYTES = 256, 4, 2176
 MOST_LOCAL = 5376
-#: Rows up to which those two draw by top-p alone; more than there are multiprocessors, which the cut kernel takes in two
-#: turns, are theirs too where they are float32 and no more than so many logits.
-MOST_ARRIVAL_ROWS = {BF16: 15, F16: 15, F32: 64}
-MOST_ARRIVAL_LOGITS = 20 << 20
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
@@ -59,10 +55,9 @@ def top_p(kind: int) -> tuple[Variant, Variant]:
     return first, variant("sampling/sample_arrive_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_CTAS": ARRIVE_CTAS})
 
 
-def by_arrival(kind: int, B: int, V: int, sms: int) -> bool:
-    """True where those two are the quicker for top-p alone, as measured."""
-    fits = groups(V) <= MOST_PARTS * MOST_LOCAL
-    return fits and (B <= MOST_ARRIVAL_ROWS[kind] or (kind == F32 and B > sms and B * V <= MOST_ARRIVAL_LOGITS))
+def fits_by_arrival(V: int) -> bool:
+    """Whether a cluster holds a row's groups."""
+    return groups(V) <= MOST_PARTS * MOST_LOCAL
 
 
 def groups(V: int) -> int:
