@@ -37,6 +37,7 @@ SHOWN = {
     "linear-M16-N28672-K4096-int8": "Quantise + W8A8, M=16",
     "B32-V131072-k50-p0.9-fp32": "Sample, top-k + top-p, 32 x 131k",
     "B128-V131072-k50-p0.9-fp32": "Sample, top-k + top-p, 128 x 131k",
+    "B128-V131072-p0.9-fp32": "Sample, top-p 0.9, 128 x 131k",
     "B256-V131072-temperature-fp32": "Sample, temperature, 256 x 131k",
     "B128-V131072-greedy-fp32": "Sample, greedy, 128 x 131k",
 }
