@@ -191,11 +191,15 @@ class Paired:
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:
-    """Who runs after whom in round ``turn``: each begins once, then each once the other way round, so that nobody is more
-    often in another's wake than the rest are."""
-    start = turn % len(names)
-    found = [*names[start:], *names[:start]]
-    return found if turn // len(names) % 2 == 0 else found[::-1]
+    """Who runs after whom in round ``turn``: within n rounds (2n where n is odd) everybody has each place and each neighbour
+    before him equally often, so that nobody runs in another's wake more than the rest do.
+
+    Williams' design for carry-over effects: n - 1 steps 1, -2, 3, ... round the circle are all different where n is even.
+    """
+    n = len(names)
+    steps = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(n)]  # 0, 1, -1, 2, -2, ...
+    found = [names[(turn + step) % n] for step in steps]
+    return found if turn // n % 2 == 0 else found[::-1]
 
 
 def in_turn(replays: Mapping[str, Replay], budget: float = 0.06, least: int = 6) -> Paired:

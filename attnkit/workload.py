@@ -69,6 +69,10 @@ class Case:
         """The inputs and "out". ``empty`` leaves memory untouched: for planning only."""
         raise NotImplementedError
 
+    def another(self, x: Inputs) -> Inputs:
+        """Inputs like ``x`` in memory of their own; the same values, unless a launch's time hangs on few of them."""
+        return clone(x)
+
     def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
         """One call that writes x["out"]."""
         raise NotImplementedError
@@ -105,10 +109,10 @@ def sized(case: C, **changes: Any) -> C:
 
 
 def rotated(case: Case, x: Inputs, device: torch.device) -> list[Inputs]:
-    """``x`` and as many clones of it as it takes to leave no cache warm."""
+    """``x`` and as many like it as it takes to leave no cache warm."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
     n = timing.copies(case.nbytes(x), arch.of(device), free)
-    return [x, *(clone(x) for _ in range(n - 1))]
+    return [x, *(case.another(x) for _ in range(n - 1))]
 
 
 def plan(case: Case, x: Inputs, impl: str | None = None, config: Any = None) -> Plan:
@@ -268,6 +272,8 @@ class Sample(Case):
 
     family: ClassVar[str] = "sampling"
     op: ClassVar[str] = "sample"
+    #: A language model's logits: a wide bulk and a few that stand out.
+    WIDTH: ClassVar[float] = 2.5
     B: int
     V: int
     dtype: str = "fp32"
@@ -295,8 +301,7 @@ class Sample(Case):
         B, V = self.B, self.V
         logits = torch.empty(B, V, dtype=DTYPES[self.dtype], device=device)
         if not empty:
-            # A language model's logits: a wide bulk and a few that stand out.
-            logits.normal_(0, 2.5)
+            logits.normal_(0, self.WIDTH)
         full = lambda x, dtype=torch.float32: torch.full((B,), x, dtype=dtype, device=device)  # noqa: E731
         options: Inputs = {"temperature": full(self.temperature)}
         if self.top_k:
@@ -312,6 +317,13 @@ class Sample(Case):
             options["output_counts"] = torch.randint(0, 64, (B, V), dtype=torch.int32, device=device).sub_(60).clamp_(min=0)
         seed = torch.randint(0, 2**62, (B,), device=device)
         return {"logits": logits, "seed": seed, **options, "out": torch.empty(B, dtype=torch.int64, device=device)}
+
+    def another(self, x: Inputs) -> Inputs:
+        """Other logits and seeds: a launch lasts as long as its slowest row, so one draw of them is one sample."""
+        found = {k: v for k, v in clone(x).items() if k != TRUTH}
+        found["logits"].normal_(0, self.WIDTH)
+        found["seed"].random_(0, 2**62)
+        return found
 
     def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
         logits, rest = x["logits"], {k: v for k, v in x.items() if k not in ("logits", TRUTH)}
