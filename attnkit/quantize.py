@@ -36,6 +36,7 @@ def quantize_per_token(
     *,
     dtype: torch.dtype = torch.int8,
     out: Tensor | None = None,
+    out_scale: Tensor | None = None,
     impl: str | None = None,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
@@ -43,12 +44,13 @@ def quantize_per_token(
 
     scale = amax / 127 (int8) or amax / 448 (e4m3), 1 for a row of zeros; values are divided by it, rounded
     half to even and clamped. x is about a * scale. A NaN stays in its own row's scale.
+    ``out`` [M, K] and ``out_scale`` [M], contiguous, are written where they are given: such a call allocates nothing.
     """
     if x.dim() != 2:
         raise ValueError(f"{QUANTIZE}: x's shape is {list(x.shape)}, wanted [M, K]")
     if out is None:
         out = x.new_empty(x.shape, dtype=dtype)
-    scale = x.new_empty(x.shape[0], dtype=torch.float32)
+    scale = x.new_empty(x.shape[0], dtype=torch.float32) if out_scale is None else out_scale
     if config is None and registry.traced(x):
         _quantize_op(x, out, scale, impl)
     else:
@@ -69,6 +71,7 @@ def rms_norm_quantize(
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.int8,
     out: Tensor | None = None,
+    out_scale: Tensor | None = None,
     impl: str | None = None,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,7 @@ def rms_norm_quantize(
 
     With h = x, or the sum: y = h / sqrt(mean(h^2) + eps) * weight in float32, not rounded to 16 bits on the way. Returns
     y's values [M, K] in ``dtype`` (int8 or float8_e4m3fn) and their float32 scale [M], as quantize_per_token would; y is
-    about values * scale. A NaN or infinity makes its own row's scale NaN, and no other's.
+    about values * scale. A NaN or infinity makes its own row's scale NaN, and no other's. ``out`` and ``out_scale`` as there.
     Source: Zhang and Sennrich, arXiv 1910.07467; the scales as in ZeroQuant, arXiv 2206.01861.
     """
     if x.dim() != 2:
@@ -91,7 +94,7 @@ def rms_norm_quantize(
         raise ValueError(f"{RMS_NORM}: eps is {eps!r}, wanted a finite number of at least 0")
     if out is None:
         out = x.new_empty(x.shape, dtype=dtype)
-    scale = x.new_empty(x.shape[0], dtype=torch.float32)
+    scale = x.new_empty(x.shape[0], dtype=torch.float32) if out_scale is None else out_scale
     arguments = (x, weight, residual, out, scale, float(eps), impl)
     if config is None and registry.traced(x):
         _rms_norm_op(*arguments)
@@ -105,6 +108,7 @@ def silu_mul_quantize(
     *,
     dtype: torch.dtype = torch.int8,
     out: Tensor | None = None,
+    out_scale: Tensor | None = None,
     impl: str | None = None,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
@@ -114,13 +118,13 @@ def silu_mul_quantize(
 
     y = gate / (1 + exp(-gate)) * up in float32, not rounded to 16 bits on the way. Returns y's values [M, K] in ``dtype``
     (int8 or float8_e4m3fn) and their float32 scale [M], as quantize_per_token would; y is about values * scale. A NaN
-    stays in its own row. Source: SwiGLU, Shazeer, arXiv 2002.05202.
+    stays in its own row. ``out`` and ``out_scale`` as there. Source: SwiGLU, Shazeer, arXiv 2002.05202.
     """
     if x.dim() != 2 or x.shape[1] % 2:
         raise ValueError(f"{SILU_MUL}: x's shape is {list(x.shape)}, wanted [M, 2 K]")
     if out is None:
         out = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=dtype)
-    scale = x.new_empty(x.shape[0], dtype=torch.float32)
+    scale = x.new_empty(x.shape[0], dtype=torch.float32) if out_scale is None else out_scale
     if config is None and registry.traced(x):
         _silu_mul_op(x, out, scale, impl)
     else:
@@ -166,7 +170,7 @@ def _run_silu_mul(x, out, scale, impl, config=None) -> None:
         plan.launch(plan, *tensors)
 
 
-def _bind(op: str, x: Tensor, out: Tensor, letters: str = "M K") -> check.Letters:
+def _bind(op: str, x: Tensor, out: Tensor, scale: Tensor, letters: str = "M K") -> check.Letters:
     c = check.Letters(op, x.device)
     c.tensor("x", x, letters, check.FLOATS)
     if letters != "M K":
@@ -174,13 +178,14 @@ def _bind(op: str, x: Tensor, out: Tensor, letters: str = "M K") -> check.Letter
     c.tensor("out", out, "M K", check.QUANTISED)
     if not out.is_contiguous():
         raise c.fail("out's layout", f"strides {out.stride()}", "contiguous")
+    c.tensor("out_scale", scale, "M", (torch.float32,))
     for letter in "MK":
         c.fits(letter)
     return c
 
 
 def _quantize_signature(x, out, scale) -> QuantSig:
-    _bind(QUANTIZE, x, out)
+    _bind(QUANTIZE, x, out, scale)
     return QuantSig(
         op=QUANTIZE, device=x.device, dtype=x.dtype, out_dtype=out.dtype, M=x.shape[0], K=x.shape[1], x_stride=x.stride(),
         aligned=check.aligned16(x) and not out.data_ptr() & 15,
@@ -188,7 +193,7 @@ def _quantize_signature(x, out, scale) -> QuantSig:
 
 
 def _rms_norm_signature(x, weight, residual, out, scale, eps) -> RmsNormQuantSig:
-    c = _bind(RMS_NORM, x, out)
+    c = _bind(RMS_NORM, x, out, scale)
     c.tensor("weight", weight, "K", tuple(dict.fromkeys((x.dtype, torch.float32))))
     if residual is not None:
         c.tensor("residual", residual, "M K", (x.dtype,))
@@ -202,7 +207,7 @@ def _rms_norm_signature(x, weight, residual, out, scale, eps) -> RmsNormQuantSig
 
 
 def _silu_mul_signature(x, out, scale) -> SiluMulQuantSig:
-    _bind(SILU_MUL, x, out, "M 2K")
+    _bind(SILU_MUL, x, out, scale, "M 2K")
     return SiluMulQuantSig(
         op=SILU_MUL, device=x.device, dtype=x.dtype, out_dtype=out.dtype, M=x.shape[0], K=out.shape[1], x_stride=x.stride(),
         aligned=check.aligned16(x) and not out.data_ptr() & 15,

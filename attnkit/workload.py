@@ -210,17 +210,12 @@ class Quantize(Case):
         return {
             "x": x if empty else x.normal_(),
             "out": torch.empty(self.M, self.K, dtype=DTYPES[self.dtype], device=device),
+            "scale": torch.empty(self.M, device=device),
         }
 
     def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
-        data, out, dtype = x["x"], x["out"], DTYPES[self.dtype]
-
-        def run() -> Tensor:
-            values, scale = quantize.quantize_per_token(data, dtype=dtype, out=out, impl=impl, config=config)
-            x["scale"] = scale
-            return values
-
-        return run
+        data, out, scale, dtype = x["x"], x["out"], x["scale"], DTYPES[self.dtype]
+        return lambda: quantize.quantize_per_token(data, dtype=dtype, out=out, out_scale=scale, impl=impl, config=config)
 
     def cost(self) -> Cost:
         return quantize.cost(self.M, self.K)
@@ -242,6 +237,7 @@ class Quantize(Case):
 
     def poison(self, x: Inputs) -> None:
         x["out"].view(torch.uint8).fill_(0x7F)
+        x["scale"].fill_(float("nan"))
 
 
 def _eight_bit(shape: tuple[int, int], dtype: str, device: torch.device, empty: bool) -> Tensor:

@@ -43,9 +43,11 @@ class Fused(Case):
 
     def poison(self, x: Inputs) -> None:
         x["out"].view(torch.uint8).fill_(0x7F)
+        x["scale"].fill_(float("nan"))
 
-    def _out(self, device: torch.device) -> Tensor:
-        return torch.empty(self.M, self.K, dtype=DTYPES[self.dtype], device=device)
+    def _outputs(self, device: torch.device) -> Inputs:
+        values = torch.empty(self.M, self.K, dtype=DTYPES[self.dtype], device=device)
+        return {"out": values, "scale": torch.empty(self.M, device=device)}
 
     def _normal(self, shape: tuple[int, ...], device: torch.device, empty: bool) -> Tensor:
         x = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -72,19 +74,13 @@ class RmsNormQuantize(Fused):
             "x": self._normal((self.M, self.K), device, empty),
             "weight": weight if empty else weight.mul_(0.1).add_(1),
             "residual": self._normal((self.M, self.K), device, empty) if self.residual else None,
-            "out": self._out(device),
+            **self._outputs(device),
         }
 
     def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
-        data, weight, residual, out, dtype = x["x"], x["weight"], x["residual"], x["out"], DTYPES[self.dtype]
-
-        def run() -> Tensor:
-            values, x["scale"] = quantize.rms_norm_quantize(
-                data, weight, self.eps, residual=residual, dtype=dtype, out=out, impl=impl, config=config
-            )
-            return values
-
-        return run
+        data, weight, residual, out, scale = x["x"], x["weight"], x["residual"], x["out"], x["scale"]
+        options = {"residual": residual, "dtype": DTYPES[self.dtype], "impl": impl, "config": config}
+        return lambda: quantize.rms_norm_quantize(data, weight, self.eps, out=out, out_scale=scale, **options)
 
     def cost(self) -> Cost:
         return quantize.rms_norm_cost(self.M, self.K, residual=self.residual)
@@ -111,16 +107,11 @@ class SiluMulQuantize(Fused):
         return quantize.SILU_MUL_KERNELS
 
     def build(self, device: torch.device, empty: bool = False) -> Inputs:
-        return {"x": self._normal((self.M, 2 * self.K), device, empty), "out": self._out(device)}
+        return {"x": self._normal((self.M, 2 * self.K), device, empty), **self._outputs(device)}
 
     def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
-        data, out, dtype = x["x"], x["out"], DTYPES[self.dtype]
-
-        def run() -> Tensor:
-            values, x["scale"] = quantize.silu_mul_quantize(data, dtype=dtype, out=out, impl=impl, config=config)
-            return values
-
-        return run
+        data, out, scale, dtype = x["x"], x["out"], x["scale"], DTYPES[self.dtype]
+        return lambda: quantize.silu_mul_quantize(data, dtype=dtype, out=out, out_scale=scale, impl=impl, config=config)
 
     def cost(self) -> Cost:
         return quantize.silu_mul_cost(self.M, self.K)

@@ -144,6 +144,13 @@ def test_bad_rms_norm(name):
         attnkit.rms_norm_quantize(x, weight, eps, **options)
 
 
+#: The three ops over x alone.
+OPS = {
+    "quantize_per_token": attnkit.quantize_per_token,
+    "rms_norm_quantize": lambda x, **options: attnkit.rms_norm_quantize(x, torch.ones(x.shape[1]), 1e-6, **options),
+    "silu_mul_quantize": attnkit.silu_mul_quantize,
+}
+
 BAD_SILU = {
     "rank": (lambda: (X[0], {}), r"x's shape is \[16\], wanted \[M, 2 K\]"),
     "odd": (lambda: (X[:, :15], {}), r"x's shape is \[4, 15\], wanted \[M, 2 K\]"),
@@ -167,6 +174,31 @@ def test_bad_quantize():
         attnkit.quantize_per_token(X[0])
     with pytest.raises(ValueError, match="quantize_per_token: out's layout is strides"):
         attnkit.quantize_per_token(X, out=torch.zeros(4, 32, dtype=torch.int8)[:, :16])
+
+
+BAD_SCALE = {
+    "length": (torch.zeros(3), "M is 4 in x but 3 in out_scale"),
+    "rank": (torch.zeros(4, 1), r"out_scale's shape is \[4, 1\], wanted \[M\]"),
+    "dtype": (torch.zeros(4, dtype=torch.bfloat16), "out_scale's dtype is torch.bfloat16, wanted torch.float32"),
+    "layout": (torch.zeros(8)[::2], "out_scale's last stride is 2, wanted 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCALE)
+@pytest.mark.parametrize("op", OPS)
+def test_bad_out_scale(op, name):
+    scale, message = BAD_SCALE[name]
+    with pytest.raises(ValueError, match=f"{op}: {message}"):
+        OPS[op](X, out_scale=scale)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_outputs_that_are_given_are_written(op):
+    values, scale = OPS[op](X)
+    out, out_scale = torch.zeros_like(values), torch.full_like(scale, float("nan"))
+    got = OPS[op](X, out=out, out_scale=out_scale)
+    assert got[0] is out and got[1] is out_scale
+    assert torch.equal(out, values) and torch.equal(out_scale, scale)
 
 
 # ---------------------------------------------------------------- as torch sees them
