@@ -121,6 +121,22 @@ def test_maxima_that_grow_from_block_to_block(D, grows):
     check(x)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("logit", [-36.0, -3.0, 3.6, 36.0])
+@pytest.mark.parametrize("kv", [E4M3, torch.int8])
+def test_maxima_near_zero_and_far_from_it(kv, logit):
+    """Weights are relative to 2^0 where a row's maximum is near it, to the maximum elsewhere; a warp may have both."""
+    case = replace(PLAIN, lens=(700, 400), q_lens=(300, 400), D=64, kv_dtype=kv, scales="")
+    x = inputs.make(case, "cuda")
+    unit = 8.0 if kv == torch.int8 else 1.0
+    for b, n in enumerate(case.lens):
+        at = torch.arange(n, device="cuda")
+        values = unit * (0.1 * torch.randn(n, case.Hkv, case.D, device="cuda") + logit / case.D**0.5)
+        inputs.fill(x.kv[:, 0], values, x.table.pages[b].long()[at // case.S], at % case.S)
+    x.q[:] = (0.1 * x.q + (torch.arange(len(x.q), device="cuda") % 3 > 0)[:, None, None]) / unit
+    check(x)
+
+
 def test_the_stages_fit_shared_memory():
     for heads in builds.Q8_STAGES:
         assert 100 * 1024 < prefill_q8.shared_bytes(*heads) <= 227 * 1024

@@ -11,17 +11,22 @@
 namespace attnkit {
 
 template <class Shape>
-struct PrefillConsumer : PrefillProducts<Shape, Rows<!Shape::Widened>> {
-  using Base = PrefillProducts<Shape, Rows<!Shape::Widened>>;
+struct PrefillConsumer : PrefillProducts<Shape, Rows<Shape::Widened, Shape::D == 64>> {
+  using Base = PrefillProducts<Shape, Rows<Shape::Widened, Shape::D == 64>>;
   using typename Base::Place;
   using Base::p, Base::s, Base::group, Base::lane, Base::k_ring, Base::q_ring, Base::items, Base::rows, Base::scores, Base::out,
       Base::probabilities, Base::BN, Base::take_turn, Base::give_turn, Base::multiply_qk, Base::rescale, Base::release_k,
       Base::release_v, Base::release_q, Base::wait_k, Base::wait_v, Base::wait_q, Base::clear_values_beyond, Base::place_rows;
   static constexpr int Scores = BN / 2;
+  // Queries are let go behind the loop over blocks, which asks one thing less then, unless their room is waited for.
+  static constexpr bool kQueriesLate = Shape::QStages == 2 || Shape::Widened;
   static constexpr bool Halves = BN == 128;  // a tile's last block may be 64 keys wide
   float unit[2];  // what the rows' scores are times, besides the scale: 1 unless Widened
   int unit_set;
-  bool easy;  // all rows of the warp have a maximum; where scores are capped, none of the item was large so far
+  // Blocks from Span's first_whole on that go without a look at maxima: all rows of the warp see them whole and have a maximum;
+  // where scores are capped, none of the item was large so far.
+  u32 easy;
+  bool level;  // all rows of the warp are Rows::level
 
   ATTNKIT_DEVICE void round_probabilities() {
 #pragma unroll
@@ -36,9 +41,14 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows<!Shape::Widened>> {
 
   // What a loop over blocks asks again and again, out of shared memory.
   struct Span {
-    int begin, full_low, full_high;
+    int begin, full_low, full_high, first_whole;
+    u32 whole;  // blocks from first_whole on that every row sees whole
 
-    ATTNKIT_DEVICE bool seen_whole(int block) const { return block * BN >= full_low && block * BN + BN <= full_high; }
+    ATTNKIT_DEVICE explicit Span(const Tile& t) : begin(t.block_begin), full_low(t.full_low), full_high(t.full_high) {
+      first_whole = (max(full_low, 0) + BN - 1) / BN;
+      whole = max(max(full_high, 0) / BN - first_whole, 0);
+    }
+    ATTNKIT_DEVICE u32 easy(bool now) const { return now ? whole : 0; }
   };
 
   // The first N scores of a block to weights, whatever the rows see of it; true where outputs have to shrink by decay.
@@ -75,17 +85,21 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows<!Shape::Widened>> {
   // whole is weighed without a look at its largest scores; where the weights tell that it was not, the scores are made again.
   template <bool Capped>
   ATTNKIT_DEVICE bool soften(const Span& span, const Cap& cap, const float (&factor)[2], int block, float (&decay)[2]) {
-    if (Shape::Easy && (!Capped || Shape::Bf16) && easy && span.seen_whole(block)) {  // other types' capped weights are not flat
+    constexpr bool Flat = !Capped || Shape::Bf16;  // other types' capped weights are not
+    if (Shape::Easy && Flat && static_cast<u32>(block - span.first_whole) < easy) {
       if constexpr (Capped) {
         if (rows.template weigh_near<Scores>(scores, cap)) return false;
-        easy = false;
+        easy = 0;
+      } else if (Shape::Widened && level) {
+        if (rows.template weigh_level<Scores>(scores)) return false;
       } else {
         if (rows.template weigh_low<Scores>(scores, factor)) return false;
       }
       this->multiply_qk_again();
     }
     const bool shrinks = weigh<Capped, Scores>(span, cap, factor, block, decay);
-    if (!Capped) easy = rows.known();
+    if (!Capped) easy = span.easy(rows.known());
+    if (!Capped && Shape::Widened) level = rows.level(factor);
     return shrinks;
   }
 
@@ -93,7 +107,7 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows<!Shape::Widened>> {
   template <bool Capped>
   ATTNKIT_DEVICE void attend(const Tile& t, const Cap& cap) {
     const float factor[2] = {Capped ? 1.f : log2_unit(0), Capped ? 1.f : log2_unit(1)};
-    const Span span{t.block_begin, t.full_low, t.full_high};
+    const Span span(t);
     const bool narrow = Halves && t.width == 64;
     int block = t.block_end - 1;
     float decay[2];
@@ -107,7 +121,8 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows<!Shape::Widened>> {
     } else {
       weigh<Capped, Scores>(span, cap, factor, block, decay);
     }
-    easy = Capped ? cap.flat : rows.known();
+    easy = span.easy(Capped ? cap.flat : rows.known());
+    level = !Capped && Shape::Widened && rows.level(factor);
     round_probabilities();
     if constexpr (!Shape::Widened) {
       wait_v();
@@ -122,16 +137,18 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows<!Shape::Widened>> {
     while (true) {
       if (block == span.begin + kAhead) announce();
       const bool shrinks = soften<Capped>(span, cap, factor, block, decay);
-      if (block == span.begin) release_q();
+      if (!kQueriesLate && block == span.begin) release_q();
       if (Shape::Easy) release_k();
       wgmma_wait<0>();
       wgmma_hold(out);
       release_v();
       round_probabilities();
       if (shrinks) rescale(decay);
-      if (block-- == span.begin) return;
+      if (block == span.begin) break;
+      --block;
       advance<BN>(1);
     }
+    if (kQueriesLate) release_q();
   }
 
   // Q K^T of a block, whose K is not released, and P V of the one after it, which stays in flight.
@@ -219,8 +236,12 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows<!Shape::Widened>> {
     }
   }
 
-  // What a row's maximum is times to be a logit in log2. A capped score is one already.
-  ATTNKIT_DEVICE float log2_unit(int r) const { return p.softcap > 0.f ? 1.f : p.scale * kLog2e * unit[r]; }
+  // What a row's maximum is times to be a logit in log2. A capped score is one already, and so are those of queries that took
+  // the scale with them, but for float32's rounding of unit.
+  ATTNKIT_DEVICE float log2_unit(int r) const {
+    const float factor = p.scale * kLog2e * unit[r];
+    return p.softcap > 0.f || (Shape::Widened && fabsf(factor - 1.f) < 1e-6f) ? 1.f : factor;
+  }
 
   // met: the maxima are logits in log2.
   ATTNKIT_DEVICE void finish(const Tile& t, const Place& at, bool met) {

@@ -14,61 +14,64 @@ struct PrefillProducer {
   const PrefillShared<Shape>& s;
   Ring<Shape::Stages> k_ring, v_ring;
 
-  // Rows of one box, boxes a tile: a page each, or one part of a page that is larger than a tile.
-  ATTNKIT_DEVICE int box_rows() const { return min(1 << p.page_shift, Shape::BN); }
-
-  // One page of a tile, ``columns`` wide.
-  template <int Columns>
-  ATTNKIT_DEVICE void load_page(u32 to, const void* map, u32 full, int head, int slot, int page) const {
-    if (!elect_one()) return;
-#pragma unroll
-    for (int c = 0; c < Columns / 64; ++c) tma_load_4d(to + c * (Shape::BN * 128), map, full, c * 64, head, slot, page);
-  }
-
-  // One tile of K or V, whose page ids the lanes hold; ``width``: keys of the item's last block that are needed.
+  // One tile of K or V in boxes of ``rows`` keys, a page each or a part of a larger one, whose ids the lanes hold.
   template <bool Keys>
-  ATTNKIT_DEVICE void load(const Tile& t, int block, int page, int width) {
+  ATTNKIT_DEVICE void load(int head, int rows, int slot, int page, int boxes) {
     constexpr int columns = Keys ? Shape::D : Shape::DV, bytes = Keys ? Shape::KBytes : Shape::VBytes;
     auto& ring = Keys ? k_ring : v_ring;
     const u32 full = (Keys ? s.k_full : s.v_full) + 8 * ring.stage, to = (Keys ? s.k : s.v) + ring.stage * bytes;
-    const void* map = Keys ? &p.k_map : &p.v_map;
-    const int head = t.h, rows = box_rows(), first = block * Shape::BN;
-    const int slot = p.pages != nullptr ? first & ((1 << p.page_shift) - 1) : t.row0 + first;
-    const int limit = min(t.length, (t.block_end - 1) * Shape::BN + width);
-    const int valid = min(Shape::BN / rows, ((limit + (1 << p.page_shift) - 1) >> p.page_shift) - (first >> p.page_shift));
     mbarrier_wait((Keys ? s.k_empty : s.v_empty) + 8 * ring.stage, ring.parity ^ 1);
-    if (What != kBoth && elect_one()) mbarrier_arrive_expect(full, valid * rows * columns * 2);
-#pragma unroll 1
-    for (int i = What == kBoth ? 2 : 0; i < valid; i += 3) {
-      load_page<columns>(to + i * rows * 128, map, full, head, slot, __shfl_sync(~0u, page, i));
-      if (What != kBoth && i + 1 < valid) {
-        load_page<columns>(to + (i + 1) * rows * 128, map, full, head, slot, __shfl_sync(~0u, page, i + 1));
+    if (What != kBoth && elect_one()) mbarrier_arrive_expect(full, boxes * rows * columns * 2);
+    auto load_page = [&](int i) {
+      const int from = __shfl_sync(~0u, page, i);
+      if (!elect_one()) return;
+#pragma unroll
+      for (int c = 0; c < columns / 64; ++c) {
+        tma_load_4d(to + i * rows * 128 + c * (Shape::BN * 128), Keys ? &p.k_map : &p.v_map, full, c * 64, head, slot, from);
       }
+    };
+#pragma unroll 1
+    for (int i = What == kBoth ? 2 : 0; i < boxes; i += 3) {
+      load_page(i);
+      if (What != kBoth && i + 1 < boxes) load_page(i + 1);
     }
     __syncwarp();
     ring.next();
   }
 
-  // Page ids are read one tile ahead. V of a block comes after K of the next one, as the consumers want them.
+  // Page ids are read one tile ahead. V of a block comes after K of the next one, as the consumers want them. What is the same
+  // for all blocks is found before them: these instructions, too, take their turns from the tensor cores.
   ATTNKIT_DEVICE void run(const Tile& t) {
-    const int lane = threadIdx.x % 32, boxes = Shape::BN / box_rows(), end = t.block_end, begin = t.block_begin;
-    const int k_width = t.width, v_width = t.value_width(Shape::BN);
+    const int lane = threadIdx.x % 32, shift = p.page_shift, rows = min(1 << shift, Shape::BN), boxes = Shape::BN / rows;
+    const int begin = t.block_begin, last = t.block_end - 1, head = t.h, inside = (1 << shift) - 1;
+    const int start = p.pages != nullptr ? 0 : t.row0;  // of the keys, where they have no pages
     const int* row = p.pages + t.row0 * p.pages_b;
-    const int used = p.pages != nullptr ? (min(t.length, end * Shape::BN) + (1 << p.page_shift) - 1) >> p.page_shift : 0;
-    auto page_of = [&](int block) {
-      const int first = (block * Shape::BN) >> p.page_shift;
-      return lane < boxes && first + lane < used && block >= begin ? row[first + lane] : 0;
+    auto used = [&](int width) {  // boxes of the last block that are needed
+      return min(boxes, ((min(t.length, last * Shape::BN + width) + inside) >> shift) - (last * Shape::BN >> shift));
     };
-    int page = page_of(end - 1), before = 0;
-    for (int block = end - 1; block >= begin; --block) {
-      const int ahead = page_of(block - 1);
-      if constexpr (What != kValues) load<true>(t, block, page, k_width);
-      if constexpr (What == kValues) load<false>(t, block, page, v_width);
-      if (What == kBoth && block < end - 1) load<false>(t, block + 1, before, v_width);
+    auto page_of = [&](int block) { return p.pages != nullptr ? row[block * Shape::BN >> shift] : 0; };
+    auto slot_of = [&](int block) { return start + (block * Shape::BN & inside); };
+    int k_boxes = used(t.width), v_boxes = used(t.value_width(Shape::BN)), page = 0, before = 0;
+    row += lane;
+    if (lane < max(k_boxes, v_boxes)) page = page_of(last);
+    row += (lane & (boxes - 1)) - lane;  // other blocks are seen whole, so that any lane may read
+#pragma unroll 1
+    for (int block = last; block >= begin; --block) {
+      const int ahead = block > begin ? page_of(block - 1) : 0;
+      if constexpr (What != kValues) load<true>(head, rows, slot_of(block), page, k_boxes);
+      if constexpr (What == kValues) {
+        load<false>(head, rows, slot_of(block), page, v_boxes);
+        v_boxes = boxes;
+      }
+      if (What == kBoth && block < last) {
+        load<false>(head, rows, slot_of(block + 1), before, v_boxes);
+        v_boxes = boxes;
+      }
+      k_boxes = boxes;
       before = page;
       page = ahead;
     }
-    if constexpr (What == kBoth) load<false>(t, begin, before, v_width);
+    if constexpr (What == kBoth) load<false>(head, rows, slot_of(begin), before, v_boxes);
   }
 
   ATTNKIT_DEVICE void follow() {

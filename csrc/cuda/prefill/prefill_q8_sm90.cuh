@@ -2,8 +2,9 @@
 //
 // The 8-bit tiles of K and V arrive by TMA in a ring of their own, half the bytes of 16-bit ones. A warpgroup widens them
 // to f16, which holds every e4m3 and int8 value exactly, into the stages that the consumers multiply from. Q goes the same
-// way: a bf16 row becomes f16 times a power of two, so that its range survives. That power and k_scale are what the row's
-// scores are times (PrefillShared::unit), v_scale goes into the output. Weights are f16: they stay below 2^8.
+// way: a bf16 row becomes f16 times the softmax scale and k_scale, so that its scores are logits in log2, or times a power of
+// two where that would cost its range. What scores are times then is PrefillShared::unit, v_scale goes into the output. Weights
+// are f16: they stay below 2^13.
 //
 // Tiles are loaded in the order in which the consumers multiply: Q, K0, K1, V0, K2, V1, .., the last V. So a tile is never
 // held up by the room of another that is needed later.
@@ -17,8 +18,8 @@ template <int D_, int DV_, bool Bf16_, int KvType_, int Stages_, int RawStages_>
 struct PrefillQ8Shape {
   static constexpr int D = D_, DV = DV_, Consumers = 2, BN = 128, Stages = Stages_, QStages = 1, KvType = KvType_;
   static constexpr bool Bf16 = false, OutBf16 = Bf16_, Widened = true, Easy = true;
-  // Warps: a step of heads of 64 is too short for two loaders, and more than are needed take turns from the products.
-  static constexpr int RawStages = RawStages_, Loaders = D == 64 ? 4 : 2, Fillers = 4, Followers = Fillers + Loaders - 1;
+  // Warps: more loaders than are needed take turns from the products.
+  static constexpr int RawStages = RawStages_, Loaders = 2, Fillers = 4, Followers = Fillers + Loaders - 1;
   static constexpr int Rows = 64 * Consumers, Threads = 128 * (Consumers + 2);
   static constexpr int QBytes = Rows * D * 2, KBytes = BN * D * 2, VBytes = BN * DV * 2;
   static constexpr int RawBytes = 128 * 128;  // 64 columns of Q, or a tile of K or V
@@ -36,9 +37,9 @@ ATTNKIT_DEVICE void store_shared_16(u32 to, u32 x, u32 y, u32 z, u32 w) {
 // Four bytes to two f16 pairs.
 template <int KvType>
 ATTNKIT_DEVICE void widen_in_order(u32 x, u32& lo, u32& hi) {
-  if constexpr (KvType == kE4m3) {  // without a permutation that changes nothing, and costs an instruction
-    lo = e4m3x2_to_f16x2(static_cast<u16>(x));
-    hi = e4m3x2_to_f16x2(static_cast<u16>(x >> 16));
+  if constexpr (KvType == kE4m3) {  // without permutations or shifts: ptxas takes either half of a register
+    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}"
+        : "=r"(lo), "=r"(hi) : "r"(x));
   } else {
     widen<KvType, 0, 1, 2, 3>(x, lo, hi);
   }
@@ -58,7 +59,7 @@ struct PrefillQ8Producer {
       if (c % Shape::Loaders == warp) {
         const u32 full = s.raw_full + 8 * ring.stage;
         mbarrier_wait(s.raw_empty + 8 * ring.stage, ring.parity ^ 1);
-        if (threadIdx.x % 32 == 0) {
+        if (elect_one()) {
           mbarrier_arrive_expect(full, p.tile_tokens * p.G * 128);
           tma_load_3d(s.ring + ring.stage * Shape::RawBytes, &p.q_map, full, c * 64, t.h * p.G, t.q0 + t.token0);
         }
@@ -68,50 +69,52 @@ struct PrefillQ8Producer {
     }
   }
 
-  // One block of K or V: a box a page, whose ids the lanes hold.
+  // One block of K or V in boxes of ``rows`` keys, a page each or a part of a larger one, whose ids the lanes hold.
   template <bool Keys>
-  ATTNKIT_DEVICE void load(const Tile& t, int block, int page) {
+  ATTNKIT_DEVICE void load(int head, int rows, int slot, int page, int boxes) {
     constexpr int columns = Keys ? Shape::D : Shape::DV;
-    const int shift = p.page_shift, rows = min(1 << shift, Shape::BN);
-    const int limit = min(t.length, (t.block_end - 1) * Shape::BN + (Keys ? t.width : t.value_width(Shape::BN)));
-    const int used = (limit + (1 << shift) - 1) >> shift;
-    const int valid = min(Shape::BN / rows, used - ((block * Shape::BN) >> shift));
-    const int slot = (block * Shape::BN) & ((1 << shift) - 1);
-    const u32 to = s.ring + ring.stage * Shape::RawBytes, full = s.raw_full + 8 * ring.stage;
+    const u32 full = s.raw_full + 8 * ring.stage, box_bytes = rows * columns;
     mbarrier_wait(s.raw_empty + 8 * ring.stage, ring.parity ^ 1);
-    const void* map = Keys ? &p.k_map : &p.v_map;
-    const int head = t.h;
-    if (warp == 0 && elect_one()) mbarrier_arrive_expect(full, valid * rows * columns);
+    if (warp == 0 && elect_one()) mbarrier_arrive_expect(full, boxes * box_bytes);
+    u32 to = s.ring + ring.stage * Shape::RawBytes + warp * box_bytes;
 #pragma unroll 1
-    for (int i = warp; i < valid; i += Shape::Loaders) {
+    for (int i = warp; i < boxes; i += Shape::Loaders) {
       const int from = __shfl_sync(~0u, page, i);
-      if (elect_one()) tma_load_4d(to + i * rows * columns, map, full, 0, head, slot, from);
+      if (elect_one()) tma_load_4d(to, Keys ? &p.k_map : &p.v_map, full, 0, head, slot, from);
+      to += Shape::Loaders * box_bytes;
     }
     __syncwarp();
     ring.next();
   }
 
-  // Page ids are read one block ahead, and the next item is asked for before the last block's room is waited for.
+  // Page ids are read one block ahead, and the next item is asked for before the last values' room is waited for. What is the
+  // same for all blocks is found before them: these instructions, too, take their turns from the tensor cores.
   template <class Line>
   ATTNKIT_DEVICE int run(const Tile& t, const Line& line) {
-    const int lane = threadIdx.x % 32, boxes = Shape::BN / min(1 << p.page_shift, Shape::BN);
+    const int lane = threadIdx.x % 32, shift = p.page_shift, rows = min(1 << shift, Shape::BN), boxes = Shape::BN / rows;
+    const int begin = t.block_begin, last = t.block_end - 1, head = t.h, inside = (1 << shift) - 1;
     const int* row = p.pages + t.row0 * p.pages_b;
-    const int used = (min(t.length, t.block_end * Shape::BN) + (1 << p.page_shift) - 1) >> p.page_shift;
-    auto page_of = [&](int block) {
-      const int first = (block * Shape::BN) >> p.page_shift;
-      return lane < boxes && first + lane < used && block >= t.block_begin ? row[first + lane] : 0;
+    auto used = [&](int width) {  // boxes of the last block that are needed
+      return min(boxes, ((min(t.length, last * Shape::BN + width) + inside) >> shift) - (last * Shape::BN >> shift));
     };
-    int asked = 0, page = page_of(t.block_end - 1), before = 0;
+    const int k_boxes = used(t.width);
+    int v_boxes = used(t.value_width(Shape::BN)), before = 0, asked = 0;
+    if (lane < v_boxes) before = row[(last * Shape::BN >> shift) + lane];
+    row += lane & (boxes - 1);  // other blocks are seen whole, so that any lane may read
+    int page = last > begin ? row[(last - 1) * Shape::BN >> shift] : 0;
     load_q(t);
-    for (int block = t.block_end - 1; block >= t.block_begin; --block) {
-      const int ahead = page_of(block - 1);
-      if (warp == 0 && block == t.block_begin) asked = line.ask();
-      load<true>(t, block, page);
-      if (block < t.block_end - 1) load<false>(t, block + 1, before);
+    load<true>(head, rows, last * Shape::BN & inside, before, k_boxes);
+#pragma unroll 1
+    for (int block = last - 1; block >= begin; --block) {
+      const int ahead = block > begin ? row[(block - 1) * Shape::BN >> shift] : 0;
+      load<true>(head, rows, block * Shape::BN & inside, page, boxes);
+      load<false>(head, rows, (block + 1) * Shape::BN & inside, before, v_boxes);
+      v_boxes = boxes;
       before = page;
       page = ahead;
     }
-    load<false>(t, t.block_begin, before);
+    if (warp == 0) asked = line.ask();
+    load<false>(head, rows, begin * Shape::BN & inside, before, v_boxes);
     return asked;
   }
 };
@@ -148,25 +151,25 @@ struct PrefillConverter {
     raw.next();
   }
 
+  // Slots at and beyond L may hold NaN, and zero times NaN is NaN: their values become zero.
   ATTNKIT_DEVICE void run() {
     Items<Shape> items{s};
     unit_set = 0;
     for (items.wait(); (*items).more; items.release(), items.wait()) {
       const Tile& t = *items;
-      if (t.blocks() <= 0) continue;
+      const int last = t.block_end - 1;
+      int blocks = t.blocks(), value_width = t.value_width(Shape::BN), valid = t.length - last * Shape::BN;
+      if (blocks <= 0) continue;
       widen_q(t);
-      const int last = t.block_end - 1, begin = t.block_begin;
-      for (int block = last; block >= begin; --block) {
-        widen_tile<true>(block == last ? t.width : Shape::BN, Shape::BN);
-        if (block < last) widen_values(t, block + 1);
+      widen_tile<true>(t.width, Shape::BN);
+#pragma unroll 1
+      while (--blocks > 0) {
+        widen_tile<true>(Shape::BN, Shape::BN);
+        widen_tile<false>(value_width, valid);
+        value_width = valid = Shape::BN;
       }
-      widen_values(t, begin);
+      widen_tile<false>(value_width, valid);
     }
-  }
-
-  // Slots at and beyond L may hold NaN, and zero times NaN is NaN: their values become zero.
-  ATTNKIT_DEVICE void widen_values(const Tile& t, int block) {
-    widen_tile<false>(block == t.block_end - 1 ? t.value_width(Shape::BN) : Shape::BN, t.length - block * Shape::BN);
   }
 
   // Rows below ``width``; those from ``valid`` on become zero.
@@ -206,7 +209,8 @@ struct PrefillConverter {
     ring.next();
   }
 
-  // 2^e above a row's largest value becomes 2^15; below 2^-29 of it, values lose bits. f16 goes through as it is.
+  // bf16 times the scale and k_scale is rounded to f16, which has three bits more. Where a row's largest value is too large or
+  // small for that, 2^e above it becomes 2^15; below 2^-29 of it, values lose bits. f16 goes through as it is.
   ATTNKIT_DEVICE void widen_q(const Tile& t) {
     const float k_scale = p.k_scale == nullptr ? 1.f : *reinterpret_cast<const float*>(p.k_scale + t.h * p.k_scale_h);
     const u32 flip = k_scale < 0.f ? 0x80008000u : 0u;
@@ -224,8 +228,14 @@ struct PrefillConverter {
         }
       }
       const int e = max(static_cast<int>(max(most & 0xffff, most >> 16) >> 7) - 126, -110);
-      down = __uint_as_float(static_cast<u32>(127 + 15 - e) << 23);
-      up *= __uint_as_float(static_cast<u32>(127 - 15 + e) << 23);
+      const float log2 = p.scale * kLog2e, largest = up * log2 * __uint_as_float(static_cast<u32>(127 + e) << 23);
+      if (p.softcap == 0.f && largest >= 0x1p-8f && largest <= 0x1p15f) {
+        down = up * log2;
+        up = 1.f / log2;
+      } else {
+        down = __uint_as_float(static_cast<u32>(127 + 15 - e) << 23);
+        up *= __uint_as_float(static_cast<u32>(127 - 15 + e) << 23);
+      }
     }
     mbarrier_wait(s.q_empty + 8 * q_ring.stage, q_ring.parity ^ 1);
     s.unit[unit_set * Shape::Rows + row] = up < 1e-37f ? 1e-37f : up;  // a masked score is -inf, and times 0 it would be NaN

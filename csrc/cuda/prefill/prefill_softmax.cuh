@@ -64,10 +64,12 @@ struct Cap {
   }
 };
 
-// N: how many of a thread's scores count. Beside: weights of the rows side by side, not one row after the other: ptxas makes
-// faster code of that for 16-bit keys, and slower code where they are widened.
-template <bool Beside>
+// N: how many of a thread's scores count. Widened: weights are made one row after the other, not side by side: ptxas makes
+// faster code of that behind widened tiles, and slower code for 16-bit keys. Paced: heads of 64, which keep MUFU as busy as the
+// tensor cores.
+template <bool Widened, bool Paced>
 struct Rows {
+  static constexpr bool Beside = !Widened;
   float top[2], sum[2];  // the maximum that sums and outputs are relative to (a raw score), this thread's part of the sum
   int low[2], high[2];   // keys the rows see: [low, high)
 
@@ -80,6 +82,14 @@ struct Rows {
   // queries) have no say in what happens to the others.
   ATTNKIT_DEVICE bool known() const {
     return __all_sync(~0u, (!high[0] || top[0] > negative_infinity()) && (!high[1] || top[1] > negative_infinity()));
+  }
+
+  // All rows of the warp have scores that are logits in log2, and weights relative to 2^0.
+  ATTNKIT_DEVICE bool level(const float (&factor)[2]) const {
+    bool all = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) all = all && (!high[r] || (top[r] == 0.f && factor[r] == 1.f));
+    return __all_sync(~0u, all);
   }
 
   template <int N, int From = 0, int Held>
@@ -100,7 +110,7 @@ struct Rows {
     }
   }
 
-  // scores -> 2^logit(score, row), in place, and each row's sum of them; neighbours are added to each other first.
+  // scores -> 2^logit(score, row, which of the row), in place, and each row's sum; neighbours are added to each other first.
   template <int N, int Held, class Logit>
   static ATTNKIT_DEVICE void raise(float (&scores)[Held], float (&total)[2], const Logit& logit) {
 #pragma unroll
@@ -108,8 +118,8 @@ struct Rows {
       const int i = Beside ? n / 2 : n % (N / 4), r = Beside ? n % 2 : n / (N / 4);
       float& x = scores[4 * i + 2 * r];
       float& y = scores[4 * i + 2 * r + 1];
-      x = exp2_fast(logit(x, r));
-      y = exp2_fast(logit(y, r));
+      x = exp2_fast(logit(x, r, 2 * i));
+      y = exp2_fast(logit(y, r, 2 * i + 1));
       total[r] = i == 0 ? x + y : total[r] + (x + y);
     }
   }
@@ -118,7 +128,7 @@ struct Rows {
   template <int N, int Held>
   ATTNKIT_DEVICE void weigh_flat(float (&scores)[Held]) {
     float total[2];
-    raise<N>(scores, total, [](float logit, int) { return logit; });
+    raise<N>(scores, total, [](float logit, int, int) { return logit; });
 #pragma unroll
     for (int r = 0; r < 2; ++r) sum[r] += total[r], top[r] = 0.f;
   }
@@ -157,9 +167,24 @@ struct Rows {
   // sums show it, so no maximum is looked for.
   template <int N, int Held>
   ATTNKIT_DEVICE bool weigh_low(float (&scores)[Held], const float (&factor)[2]) {
-    const float base[2] = {top[0] * factor[0], top[1] * factor[1]};
+    float base[2] = {-top[0] * factor[0], -top[1] * factor[1]}, total[2];
+    raise<N>(scores, total, [&](float x, int r, int i) {
+      // ptxas would put most of these first, and MUFU would be idle meanwhile: eight wait for a weight of the eight before
+      if (Paced && i % 8 == 0 && i > 0) base[r] = fmaf(scores[2 * (i - 8) + 2 * r], 0.f, base[r]);
+      return fmaf(x, factor[r], base[r]);
+    });
+    return add(total);
+  }
+
+  // The same where scores are logits in log2, relative to 0.
+  template <int N, int Held>
+  ATTNKIT_DEVICE bool weigh_level(float (&scores)[Held]) {
     float total[2];
-    raise<N>(scores, total, [&](float x, int r) { return fmaf(x, factor[r], -base[r]); });
+    raise<N>(scores, total, [](float logit, int, int) { return logit; });
+    return add(total);
+  }
+
+  ATTNKIT_DEVICE bool add(const float (&total)[2]) {
     if (__any_sync(~0u, ((high[0] != 0) & !(total[0] <= kMostLow)) | ((high[1] != 0) & !(total[1] <= kMostLow)))) return false;
     sum[0] += total[0];
     sum[1] += total[1];
@@ -179,6 +204,7 @@ struct Rows {
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
       decay[r] = 1.f;
       if ((most - top[r]) * factor[r] > 8.f) {
+        if (Widened && factor[r] == 1.f && most >= -4.f && most <= 8.f) most = 0.f;  // near enough, and nothing is to subtract
         decay[r] = exp2_fast((top[r] - most) * factor[r]);
         top[r] = most;
       }
@@ -192,7 +218,7 @@ struct Rows {
     float base[2], total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) base[r] = top[r] == negative_infinity() ? 0.0f : top[r] * factor[r];
-    raise<N>(scores, total, [&](float x, int r) { return fmaf(x, factor[r], -base[r]); });
+    raise<N>(scores, total, [&](float x, int r, int) { return fmaf(x, factor[r], -base[r]); });
 #pragma unroll
     for (int r = 0; r < 2; ++r) sum[r] = fmaf(sum[r], decay[r], total[r]);
   }
