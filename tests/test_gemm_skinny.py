@@ -38,10 +38,10 @@ def test_every_config_fits(shape, dtype):
             continue
         for c in configs.candidates(sig, H200):
             gemm_skinny._check(sig, c)
-            assert builds.stages(M, c.block_n, c.splits, c.ctas, c.tall) >= 3
+            assert builds.stages(M, c.block_n, c.splits, c.ctas, c.tall, c.deep) >= 3
             assert c.ctas * (configs.smem(c, sig) + 1024) <= 228 * 1024 and configs.smem(c, sig) <= H200.smem
             assert c.ctas <= builds.most_ctas(dtype == torch.int8, c.block_n, c.tall)
-            assert builds.build(dtype == torch.int8, c.block_n, c.tall) in builds.shipped()
+            assert builds.build(dtype == torch.int8, c.block_n, c.tall, c.deep) in builds.shipped()
         assert configs.default(sig, H200) == configs.candidates(sig, H200)[0]
 
 
@@ -86,13 +86,15 @@ def test_a_config_without_a_build_or_room_is_refused():
         SkinnyConfig(64, 1, 3, 6, 0),
         SkinnyConfig(64, 4, 1, 6, 0, tall=True),
         SkinnyConfig(144, 1, 1, 6, 0, tall=True),
+        SkinnyConfig(112, 2, 1, 6, 0, tall=True, deep=True),
+        SkinnyConfig(128, 2, 1, 6, 0, deep=True),
     ):
         with pytest.raises(ValueError, match="w8a8_gemm: "):
             gemm_skinny._check(sig, c)
     with pytest.raises(ValueError, match="M up to 64"):
-        gemm_skinny._check(signature(65, 4096, 4096), SkinnyConfig(64, 2, 1, 6, 0))
+        gemm_skinny._check(signature(65, 4096, 4096), SkinnyConfig(128, 2, 1, 6, 0))
     with pytest.raises(ValueError, match="splits is 4"):
-        gemm_skinny._check(signature(1, 4096, 100), SkinnyConfig(64, 4, 1, 6, 0))
+        gemm_skinny._check(signature(1, 4096, 100), SkinnyConfig(128, 4, 1, 6, 0))
 
 
 @needs_nvcc
@@ -114,18 +116,27 @@ def run(a, w, a_scale, w_scale, config=None, bias=None, out_dtype=torch.bfloat16
     return attnkit.w8a8_gemm(a, w, a_scale, w_scale, bias=bias, out=out, impl=NAME, config=config)
 
 
-def room(M, width, splits, ctas, tall=False):
-    return builds.stages(M, width, splits, ctas, tall) >= 2
+def room(M, width, splits, ctas, tall=False, deep=False):
+    return builds.stages(M, width, splits, ctas, tall, deep) >= 2
+
+
+#: Columns of a tile, tall, deep: of either type.
+TILES = [
+    (width, tall, deep)
+    for tall in (False, True)
+    for deep in (False, True)
+    for width in sorted({*builds.widths(True, tall, deep), *builds.widths(False, tall, deep)})
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])
 @pytest.mark.parametrize("splits", [1, 2, 4])
-@pytest.mark.parametrize(("width", "tall"), [(w, tall) for tall in (False, True) for w in builds.widths(True, tall)])
-def test_every_tile_and_split_matches_float64(width, tall, splits, dtype):
+@pytest.mark.parametrize(("width", "tall", "deep"), TILES)
+def test_every_tile_and_split_matches_float64(width, tall, deep, splits, dtype):
     """Rows that end inside every group, tiles that end early, an odd N, K that ends inside a slice; rings short and long."""
-    if splits not in builds.splits(tall) or width not in builds.widths(dtype == torch.int8, tall):
-        pytest.skip("no such tall tile")
+    if splits not in builds.splits(tall) or width not in builds.widths(dtype == torch.int8, tall, deep):
+        pytest.skip("no such tile")
     for M, N, K, stages, ahead in (
         (1, 777, 1104, 2, 0),
         (17, 1001, 2000, 3, 3),
@@ -140,9 +151,9 @@ def test_every_tile_and_split_matches_float64(width, tall, splits, dtype):
         a, w, a_scale, w_scale = inputs(M, N, K, dtype)
         bias = torch.randn(N, device="cuda").to(torch.float16)
         for ctas in range(1, builds.most_ctas(dtype == torch.int8, width, tall) + 1):
-            if not room(M, width, splits, ctas, tall):
+            if not room(M, width, splits, ctas, tall, deep):
                 continue
-            config = SkinnyConfig(width, splits, ctas, stages, ahead, tall)
+            config = SkinnyConfig(width, splits, ctas, stages, ahead, tall, deep)
             first = run(a, w, a_scale, w_scale, config, bias)
             close(a, w, a_scale, w_scale, bias, first)
             assert all(torch.equal(first, run(a, w, a_scale, w_scale, config, bias)) for _ in range(20))
@@ -152,11 +163,14 @@ def test_every_tile_and_split_matches_float64(width, tall, splits, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["int8", "e4m3"])
 def test_several_tiles_a_cta(dtype):
     """More tiles than multiprocessors: the ring goes on into the next. So many columns that tall tiles of 96 come out even."""
-    for M, width, tall in ((1, 64, False), (33, 96, False), (64, 64, False), (64, 64, True), (100, 96, True)):
-        if M > builds.LOW and dtype != torch.int8:
+    int8 = dtype == torch.int8
+    for M, width, tall, deep in (
+        (1, 64, True, int8), (33, 96, True, int8), (64, 128, False, False), (64, 64, True, False), (100, 96, True, False),
+    ):  # fmt: skip
+        if M > builds.LOW and not int8:
             continue
         a, w, a_scale, w_scale = inputs(M, 264 * 96 - 59, 784, dtype)
-        config = SkinnyConfig(width, 1, 1, 4, 2, tall)
+        config = SkinnyConfig(width, 1, 1, 4, 2, tall, deep)
         close(a, w, a_scale, w_scale, None, run(a, w, a_scale, w_scale, config, out_dtype=torch.float16))
 
 
@@ -176,7 +190,7 @@ def test_nothing_beyond_the_output_is_written():
     for out_dtype in (torch.bfloat16, torch.float32):
         wide = torch.full((32, 1040), 7.0, dtype=out_dtype, device="cuda")
         for columns in (1001, 1000):
-            for config in (SkinnyConfig(96, 1, 1, 4, 0), SkinnyConfig(64, 1, 2, 6, 2)):
+            for config in (SkinnyConfig(128, 1, 1, 4, 0), SkinnyConfig(64, 1, 2, 6, 2, True, True)):
                 attnkit.w8a8_gemm(
                     a, w[:columns], a_scale, w_scale[:columns], out=wide[1:31, :columns], impl=NAME, config=config
                 )  # fmt: skip
@@ -217,12 +231,14 @@ def test_a_graph_replays_with_other_values():
 def test_thousands_of_launches_in_flight(dtype):
     """Nothing waits between them; the shapes and configs in which an earlier kernel of this kind once failed among them."""
     shapes = [(64, 4096, 14336), (64, 4096, 4096), (17, 6144, 4096), (1, 4608, 3584), (64, 3584, 3584), (100, 4608, 3584)]
-    ways = [(64, 1, 1, False), (64, 2, 2, False), (64, 2, 1, False), (160, 4, 1, False), (128, 4, 1, False), (64, 2, 1, True)]
+    ways = [(64, 1, 1, True), (64, 2, 1, True), (160, 4, 1, False), (128, 4, 1, False), (96, 4, 1, False, dtype == torch.int8)]
+    if dtype == torch.int8:
+        ways += [(64, 1, 1, True, True), (64, 2, 2, True, True), (80, 2, 1, True, True)]
     sets = []
     for i, (M, N, K) in enumerate(shapes):
         x = inputs(M, N, K, dtype)
         fit = [way for way in ways if builds.tokens(way[3]) >= M and room(M, *way)]
-        for config in (None, *(SkinnyConfig(*way[:3], stages, i, way[3]) for way in fit for stages in (2, 32))):
+        for config in (None, *(SkinnyConfig(*way[:3], stages, i, *way[3:]) for way in fit for stages in (2, 32))):
             sets.append((x, config, run(*x, config), torch.empty((M, N), dtype=torch.bfloat16, device="cuda")))
     order = torch.randint(len(sets), (3000,), generator=torch.Generator().manual_seed(3)).tolist()
     for i in order:

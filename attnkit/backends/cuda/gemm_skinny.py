@@ -28,16 +28,16 @@ def _supports(sig: GemmSig) -> str | None:
 
 
 def _variant(sig: GemmSig, c: configs.SkinnyConfig) -> images.Variant:
-    return builds.build(sig.dtype == torch.int8, c.block_n, c.tall)
+    return builds.build(sig.dtype == torch.int8, c.block_n, c.tall, c.deep)
 
 
 def _check(sig: GemmSig, c: configs.SkinnyConfig) -> None:
     """Raises ValueError for a config that the kernel has no build for, or no room."""
-    widths, splits = builds.widths(sig.dtype == torch.int8, c.tall), builds.splits(c.tall)
+    widths, splits = builds.widths(sig.dtype == torch.int8, c.tall, c.deep), builds.splits(c.tall)
     if c.block_n not in widths or c.splits not in splits or sig.M > builds.tokens(c.tall):
         most = builds.tokens(c.tall)
         raise ValueError(f"{sig.op}: no build for {c}, wanted block_n one of {widths}, splits one of {splits}, M up to {most}")
-    if c.splits > -(-sig.K // builds.slice_bytes(c.block_n, c.tall)):
+    if c.splits > -(-sig.K // builds.slice_bytes(c.deep)):
         raise ValueError(f"{sig.op}: config.splits is {c.splits}, wanted a slice of K for each, and K is {sig.K}")
     if not 1 <= c.ctas <= 2 or configs.stages(c, sig) < 2:
         raise ValueError(f"{sig.op}: {c} leaves no room for two slices in shared memory")
@@ -48,7 +48,7 @@ def _prepare(plan: Plan) -> Any:
     _check(sig, c)
     a_rows, tiles = builds.rows(sig.M), -(-sig.N // c.block_n)
     own = {
-        "steps": -(-sig.K // builds.slice_bytes(c.block_n, c.tall)), "tiles": tiles, "splits": c.splits,
+        "steps": -(-sig.K // builds.slice_bytes(c.deep)), "tiles": tiles, "splits": c.splits,
         "stages": configs.stages(c, sig), "a_rows": a_rows, "ahead": c.ahead, "a_scales": int(sig.a_scale_per_token),
         "w_scales": int(sig.w_scale_per_channel), "whole": int(sig.aligned and builds.lines(sig.M, c.ctas)),
     }  # fmt: skip

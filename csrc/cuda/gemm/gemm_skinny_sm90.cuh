@@ -3,9 +3,10 @@
 // Memory bound: every weight is read once. Tokens are the rows of wgmma (64, whatever M: those beyond multiply what lies
 // there, and are dropped), weights its columns, so that tiles of many widths give every multiprocessor about the same bytes.
 // One producer thread fills a ring of slices by TMA; two consumer warpgroups multiply half the columns each, or (Tall) all
-// columns for 64 of up to 128 tokens. Where N is too small for that, ``splits`` CTAs of a cluster take a stretch of K each:
-// every one of them finishes a share of the columns, from the pieces that all of them store there, in the order of K (repeats
-// are bitwise equal). Pieces have shared memory of their own: nothing but TMA ever writes to the ring.
+// columns for 64 of up to 128 tokens (up to 64 of them are the first one's alone). Where N is too small for that, ``splits``
+// CTAs of a cluster take a stretch of K each: every one of them finishes a share of the columns, from the pieces that all of
+// them store there, in the order of K (repeats are bitwise equal). Pieces have shared memory of their own: nothing but TMA
+// ever writes to the ring.
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "../common/wgmma_q8_sm90.cuh"
@@ -49,13 +50,16 @@ struct SkinnyShape {
   static constexpr int Planes = Planes_, Slice = 128 * Planes;   // bytes of K in a slice, in swizzled planes
   static constexpr int MostStages = 32;                          // a lane initialises each
   static constexpr int ScaleBytes = 8 * BN;
+  // e4m3: sets of sums beside the float32 ones, so that one is multiplied while one is added up, where registers hold both.
+  static constexpr int Parts = Int8 ? 0 : Wide <= 96 ? 2 : 1;
   // Two CTAs a multiprocessor, as far as registers go: the next grid's may then wait beside this one's.
-  static constexpr int PerSm = Wide <= (Int8 ? 80 : 64) ? 2 : 1;
+  static constexpr int PerSm = Wide <= (Int8 ? 64 : 32) ? 2 : 1;
   // Warps that multiply: where there are no more than 64 tokens, a tall CTA's second warpgroup has none.
   static ATTNKIT_DEVICE int readers(int M) { return Tall && M <= 64 ? 4 : 8; }
   // Warps that have any of the M tokens: of a warpgroup, or of all where each has tokens of its own.
   static ATTNKIT_DEVICE int warps(int M) { return (M + 15) / 16; }
   static_assert(BN % (Tall ? 16 : 32) == 0, "2 shares of whole units, or 4");
+  static_assert(Int8 || Planes == 1, "e4m3 is added up a slice at a time");
   static_assert(BN * Planes >= 64 && BN <= Consumers, "64 rows of a end inside a slice, and a thread has a column's scale");
 };
 
@@ -203,25 +207,51 @@ struct SkinnyConsumer {
     release(before);
   }
 
-  // e4m3: the tensor core's sums keep some 14 bits, so every 128 of K are added up in float32 registers.
+  // A slice's product by itself, on its way.
+  ATTNKIT_DEVICE void begin(Sum (&to)[Count]) const {
+    mbarrier_wait(s.full + 8 * ring.stage, ring.parity);
+    multiply(to, 0, 0);
+    wgmma_commit();
+  }
+
+  // Adds the product of ``stage`` up, while as many as ``Pending`` later ones are on their way.
+  template <int Pending>
+  ATTNKIT_DEVICE void promote(Sum (&part)[Count], int stage) {
+    wgmma_wait<Pending>();
+    wgmma_hold(part);
+    release(stage);
+#pragma unroll
+    for (int i = 0; i < Count; ++i) sums[i] += part[i];
+  }
+
+  // The next slice into ``to`` while ``from`` is added up.
+  ATTNKIT_DEVICE void step(Sum (&to)[Count], Sum (&from)[Count]) {
+    const int stage = ring.stage;
+    ring.next();
+    begin(to);
+    promote<1>(from, stage);
+  }
+
+  // e4m3: the tensor core's sums keep some 14 bits, so every 128 of K are added up in float32 registers. The last product
+  // stands by itself: ptxas would serialise products that are in flight at a branch that may leave the loop.
   ATTNKIT_DEVICE void add_up_promoted() {
-    Sum part[Count];
 #pragma unroll
     for (int i = 0; i < Count; ++i) sums[i] = 0;
-    for (int step = work.first; step < work.last; ++step) {
-      mbarrier_wait(s.full + 8 * ring.stage, ring.parity);
-#pragma unroll
-      for (int plane = 0; plane < Shape::Planes; ++plane) {
-        multiply(part, plane, 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(part);
-        if (plane == Shape::Planes - 1) release(ring.stage);
-#pragma unroll
-        for (int i = 0; i < Count; ++i) sums[i] += part[i];
-      }
-      ring.next();
+    Sum one[Count], two[Count];
+    const int slices = work.last - work.first;
+    if constexpr (Shape::Parts == 1) {
+      for (int i = 0; i < slices; ++i, ring.next()) begin(one), promote<0>(one, ring.stage);
+      return;
     }
+    begin(one);
+    for (int pairs = (slices - 1) / 2; pairs > 0; --pairs) step(two, one), step(one, two);
+    if (slices % 2 == 0) {
+      step(two, one);
+      promote<0>(two, ring.stage);
+    } else {
+      promote<0>(one, ring.stage);
+    }
+    ring.next();
   }
 
   ATTNKIT_DEVICE void add_up() {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from attnkit.backends.cuda.images import Variant, variant
 
-#: Columns of a tile, and the 128 bytes of K that a CTA loads and multiplies at a time.
-PLANES = {64: 2, 96: 2, 128: 1, 160: 1, 224: 1}
-#: Columns of a tall tile, int8 and e4m3: a warpgroup has 64 of its tokens, and all columns.
+#: Columns of a tile, int8 and e4m3: half of them a warpgroup's.
+WIDTHS = {True: (128, 160, 224), False: (64, 96, 128, 160, 224)}
+#: Columns of a tall tile, likewise: a warpgroup has 64 of its tokens, and all columns.
 TALL_WIDTHS = {True: (64, 80, 96, 112, 128), False: (64, 80, 96)}
+#: int8's with deep slices, 256 bytes of K and not 128: of low tiles and tall ones.
+DEEP_WIDTHS = {False: (64, 96), True: (64, 80, 96)}
 #: Tokens of a tile, and of a tall one.
 LOW, TALL = 64, 128
 #: Sizes of csrc/cuda/gemm/gemm_skinny_sm90.cuh (SkinnyShape).
@@ -16,8 +18,10 @@ MOST_STAGES = 32
 MOST_SHARED = 227 * 1024
 
 
-def widths(int8: bool, tall: bool) -> tuple[int, ...]:
-    return TALL_WIDTHS[int8] if tall else tuple(PLANES)
+def widths(int8: bool, tall: bool, deep: bool = False) -> tuple[int, ...]:
+    if deep:
+        return DEEP_WIDTHS[tall] if int8 else ()
+    return (TALL_WIDTHS if tall else WIDTHS)[int8]
 
 
 def splits(tall: bool) -> tuple[int, ...]:
@@ -28,24 +32,20 @@ def tokens(tall: bool) -> int:
     return TALL if tall else LOW
 
 
-def planes(block_n: int, tall: bool) -> int:
-    return 1 if tall else PLANES[block_n]
-
-
-def build(int8: bool, block_n: int, tall: bool = False) -> Variant:
-    values = {"INT8": int(int8), "BN": block_n, "PLANES": planes(block_n, tall), "TALL": int(tall)}
+def build(int8: bool, block_n: int, tall: bool = False, deep: bool = False) -> Variant:
+    values = {"INT8": int(int8), "BN": block_n, "PLANES": 1 + deep, "TALL": int(tall)}
     return variant("gemm/gemm_skinny_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 def most_ctas(int8: bool, block_n: int, tall: bool = False) -> int:
     """CTAs that the registers of a multiprocessor hold (SkinnyShape::PerSm)."""
     wide = block_n if tall else block_n // 2
-    return 2 if wide <= (80 if int8 else 64) else 1
+    return 2 if wide <= (64 if int8 else 32) else 1
 
 
-def slice_bytes(block_n: int, tall: bool = False) -> int:
+def slice_bytes(deep: bool = False) -> int:
     """Bytes of K that a CTA loads and multiplies at a time."""
-    return 128 * planes(block_n, tall)
+    return 256 if deep else 128
 
 
 def rows(M: int) -> int:
@@ -53,8 +53,8 @@ def rows(M: int) -> int:
     return -(-M // 8) * 8
 
 
-def stage_bytes(M: int, block_n: int, tall: bool = False) -> int:
-    return (rows(M) + block_n) * slice_bytes(block_n, tall)
+def stage_bytes(M: int, block_n: int, deep: bool = False) -> int:
+    return (rows(M) + block_n) * slice_bytes(deep)
 
 
 def lines(M: int, ctas: int) -> bool:
@@ -69,11 +69,12 @@ def fixed_bytes(M: int, block_n: int, splits: int, ctas: int, tall: bool = False
     return 1024 + own + 8 * block_n + 16 * MOST_STAGES + 16
 
 
-def stages(M: int, block_n: int, splits: int, ctas: int, tall: bool = False) -> int:
+def stages(M: int, block_n: int, splits: int, ctas: int, tall: bool = False, deep: bool = False) -> int:
     """Slices in flight: as many as shared memory holds where ``ctas`` share a multiprocessor (which takes 1 KB of each)."""
     budget = MOST_SHARED if ctas == 1 else 228 * 1024 // ctas - 1024
-    return min(MOST_STAGES, (budget - fixed_bytes(M, block_n, splits, ctas, tall)) // stage_bytes(M, block_n, tall))
+    return min(MOST_STAGES, (budget - fixed_bytes(M, block_n, splits, ctas, tall)) // stage_bytes(M, block_n, deep))
 
 
 def shipped() -> list[Variant]:
-    return [build(int8, width, tall) for int8 in (True, False) for tall in (False, True) for width in widths(int8, tall)]
+    kinds = [(int8, tall, deep) for int8 in (True, False) for tall in (False, True) for deep in (False, True)]
+    return [build(int8, width, tall, deep) for int8, tall, deep in kinds for width in widths(int8, tall, deep)]
