@@ -43,7 +43,7 @@ inline int load_l2(const int* p) { return *p; }
 """
 
 MAIN = r"""
-// argv: T ctas least invariant chunk_least chunk_most heads blocks window Q capacity lens...
+// argv: ctas least invariant chunk_least chunk_most heads blocks window Q capacity lens...
 int main(int argc, char** argv) {
   std::vector<int> a;
   for (int i = 1; i < argc; ++i) a.push_back(atoi(argv[i]));
@@ -55,17 +55,21 @@ int main(int argc, char** argv) {
   gridDim.x = a[0];
   for (unsigned c = 0; c < gridDim.x; ++c) {
     blockIdx.x = c;
-    Walker<64> w(p);
+    Walker<64, CLUSTER, CHARGE> w(p);
+    Piece x;
+#if CLUSTER == 1
     int total = 0;
-    for (int b = 0; b < p.B; ++b) { Walker<64>::measure(p, b, w.length, w.low, w.tiles); total += w.tiles * w.heads(); }
+    for (int b = 0; b < p.B; ++b) { w.measure(p, b, w.length, w.low, w.tiles); total += w.units(w.tiles) * w.heads(); }
     w.take_share(total);
     w.start = 0;
     for (w.b = 0; w.b < p.B; ++w.b) {
-      Walker<64>::measure(p, w.b, w.length, w.low, w.tiles);
-      if (w.position < w.start + w.tiles * w.heads()) break;
-      w.start += w.tiles * w.heads();
+      w.measure(p, w.b, w.length, w.low, w.tiles);
+      if (w.position < w.start + w.units(w.tiles) * w.heads()) break;
+      w.start += w.units(w.tiles) * w.heads();
     }
-    Piece x;
+#else
+    w.place_few();
+#endif
     while (w.next(x)) {
       printf("%u %d %d %d %d %d %d %d", c, x.b, x.h, x.block, x.tile, x.tiles, x.index, x.count);
       for (int i = 0; i < x.count; ++i) printf(" %d", x.slot(i));
@@ -81,20 +85,35 @@ def source(name: str) -> str:
     return re.sub(r"^#(include|pragma).*$", "", text, flags=re.MULTILINE)
 
 
-def build(folder, *parts: str):
+def build(folder, *parts: str, macros=()):
     (folder / "main.cpp").write_text("\n".join(parts))
     done = subprocess.run(
-        [CXX, "-std=c++17", "-O1", "-o", str(folder / "main"), str(folder / "main.cpp")], capture_output=True, text=True
+        [CXX, "-std=c++17", "-O1", *macros, "-o", str(folder / "main"), str(folder / "main.cpp")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder / "main"
 
 
+def walker_of(factory, cluster, charge):
+    parts = SHIM, source("decode/decode_schedule.cuh"), "using namespace attnkit;", MAIN
+    return build(factory.mktemp("walker"), *parts, macros=(f"-DCLUSTER={cluster}", f"-DCHARGE={charge}"))
+
+
 @pytest.fixture(scope="module")
 def walker(tmp_path_factory):
-    return build(
-        tmp_path_factory.mktemp("walker"), SHIM, source("decode/decode_schedule.cuh"), "using namespace attnkit;", MAIN
-    )
+    return walker_of(tmp_path_factory, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def charging(tmp_path_factory):
+    return walker_of(tmp_path_factory, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def clusters(tmp_path_factory):
+    return walker_of(tmp_path_factory, 8, 0)
 
 
 def pieces(walker, lens, *, ctas=264, least=1, invariant=0, chunk=(8, 64), heads=8, blocks=1, window=0, Q=1, capacity=1 << 20):
@@ -120,6 +139,26 @@ LENS = {
     "options", [{}, {"ctas": 7}, {"least": 4}, {"heads": 3, "blocks": 2}, {"window": 100, "Q": 4}, {"invariant": 1}], ids=str
 )
 def test_every_tile_has_one_owner(walker, lens, options):
+    check_owners(walker, lens, options)
+
+
+@pytest.mark.parametrize("lens", LENS.values(), ids=LENS.keys())
+@pytest.mark.parametrize(
+    "options", [{}, {"ctas": 7}, {"least": 4}, {"heads": 3, "blocks": 2}, {"window": 100, "Q": 4}], ids=str
+)
+def test_every_tile_has_one_owner_where_pieces_are_charged_for(charging, lens, options):
+    check_owners(charging, lens, options)
+
+
+@pytest.mark.parametrize("lens", [[1], [0, 5000], [64, 512, 513, 100000]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"heads": 3, "blocks": 2}, {"window": 100, "Q": 4}], ids=str)
+def test_every_tile_has_one_owner_in_a_cluster(clusters, lens, options):
+    heads, blocks = options.get("heads", 8), options.get("blocks", 1)
+    found = check_owners(clusters, lens, {**options, "ctas": 8 * len(lens) * heads * blocks})
+    assert all(cta // 8 == (b * heads + h) * blocks + block and cta % 8 == index for cta, b, h, block, _, _, index, *_ in found)
+
+
+def check_owners(walker, lens, options):
     capacity = 1024 if lens == LENS["past the table"] else 1 << 20
     found = pieces(walker, lens, capacity=capacity, **options)
     heads, blocks = options.get("heads", 8), options.get("blocks", 1)
@@ -137,6 +176,7 @@ def test_every_tile_has_one_owner(walker, lens, options):
             assert tile == at and tiles > 0
             at += tiles
         assert at == first + total
+    return found
 
 
 @pytest.mark.parametrize("invariant", [0, 1])
@@ -146,6 +186,24 @@ def test_no_two_pieces_share_a_slot_and_all_fit(walker, invariant):
     own = [p[8 + p[6]] for p in found]
     assert len(set(own)) == len(own)
     assert max(own) < (len(lens) * 8 * 16 if invariant else 2 * ctas + 2)
+
+
+def test_slots_of_charged_pieces(charging):
+    ctas, lens = 37, [9000, 3, 700, 64, 20000]
+    found = [p for p in pieces(charging, lens, ctas=ctas) if p[7] > 1]
+    own = [p[8 + p[6]] for p in found]
+    assert len(set(own)) == len(own) and max(own) < 2 * ctas + 2
+
+
+def test_who_has_several_short_heads_has_fewer_tiles(charging, walker):
+    most = {}
+    for name, way in (("charged", charging), ("plain", walker)):
+        load, short = [0] * 264, [0] * 264
+        for cta, b, _, _, _, tiles, *_ in pieces(way, LENS["skew"]):
+            load[cta] += tiles
+            short[cta] += b > 0
+        most[name] = max(n for n, s in zip(load, short) if s >= 5)
+    assert most["charged"] < most["plain"]
 
 
 @pytest.mark.parametrize("lens", [LENS["skew"], LENS["ragged"], [2048] * 16])

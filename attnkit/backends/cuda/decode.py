@@ -136,6 +136,10 @@ def prepare(plan: Any) -> None:
     fits = arch.of(sig.device).sms * build.ctas_per_sm
     grid = max(1, min(_even(fits * config.grid // 100, sig.B * heads), most_tiles))
     slots = sig.B * heads * CHUNKS if sig.batch_invariant else 2 * grid + 2
+    if build.cluster > 1:  # a head each, and nothing in the workspace
+        grid, slots = sig.B * heads * build.cluster, 0
+    if build.cluster > 8:
+        loaded.allow_large_clusters()
     q, out = ([s * 2 for s in stride] for stride in (sig.q_stride, sig.out_stride))
     values = {
         "q_b": q[0], "q_i": q[1], "q_h": q[2], "out_b": out[0], "out_i": out[1], "out_h": out[2], "pages_b": sig.pages_stride,
@@ -150,7 +154,7 @@ def prepare(plan: Any) -> None:
         "softcap_inverse": 1 / sig.softcap if sig.softcap else 0.0,
     }  # fmt: skip
     plan.state["launch"] = compiled().CudaLaunch(
-        loaded, (grid, 1, 1), (build.threads, 1, 1), (1, 1, 1), True, PARAMS.pack(values),
+        loaded, (grid, 1, 1), (build.threads, 1, 1), (build.cluster, 1, 1), True, PARAMS.pack(values),
         [PARAMS.offsets[name] for name in EACH_CALL], _maps(sig, build, block_rows),
     )  # fmt: skip
     plan.state["index"] = index

@@ -8,6 +8,7 @@ struct DecodeShared {
   u32 ring, q;                    // shared-space addresses: [stages, StageBytes], [QSlots, QBytes]
   u32 full, empty, q_full, q_empty;  // barriers: [stages], [stages], [2], [2]
   unsigned char *tiles, *meet;    // the ring as ordinary memory, and where a narrow build's warps compare their rows' (max, sum)
+  u32 inbox, inbox_full;          // clusters: where others' sums come in, and their barrier
   int* scratch;                   // the walker's, then a flag
   volatile int* ended;            // whether the previous grid has
   Piece* pieces;                  // [2]: what the q of the same slot belongs to
@@ -147,10 +148,10 @@ struct DecodeProducer {
 
   // Before the previous grid has ended nothing it may write can be trusted, but what seems to be this CTA's first
   // tiles can be asked for: they come closer, and are read, like lens and table, after the wait.
-  ATTNKIT_DEVICE void run(Walker<T>& walker) {
+  ATTNKIT_DEVICE void run(Walker<T, Shape::Cluster, Shape::Charge>& walker) {
     int stage = 0, phase = 1, pieces = 0;
 #pragma unroll 1
-    for (bool placed = p.B > 32, waited = placed;;) {
+    for (bool placed = Shape::Cluster == 1 && p.B > 32, waited = placed;;) {
       if (!placed) walker.place_few();
       placed = true;
       const bool more = walker.next(piece);
@@ -164,11 +165,12 @@ struct DecodeProducer {
         }
         wait_for_previous_grid();
         waited = true;
-        if (__any_sync(~0u, walker.stale(lane))) {
+        if (__any_sync(~0u, walker.stale(Shape::Cluster > 1 ? walker.b : lane))) {
           placed = false;
           continue;
         }
       }
+      if (Shape::Cluster > 1 && !more) launch_dependents();  // this CTA has nothing to ask for
       if (!more) break;
       int page = page_of(pages, piece.tile, false);
       if (!Shape::Wide && q) load_q(pieces);  // while the page is on its way
@@ -190,7 +192,10 @@ struct DecodeProducer {
     if (q) {
       const int slot = pieces % Shape::QSlots;
       mbarrier_wait(shared.q_empty + 8 * slot, (pieces / Shape::QSlots & 1) ^ 1);
-      if (lane == 0) shared.pieces[slot].tiles = 0;
+      if (lane == 0) {
+        if (Shape::Cluster > 1) shared.pieces[slot] = piece;  // without tiles, but with columns to add up
+        shared.pieces[slot].tiles = 0;
+      }
       __syncwarp();
       if (!Shape::Wide) mbarrier_arrive(shared.q_full + 8 * slot);
       if (lane == 0) mbarrier_arrive(shared.q_full + 8 * slot);
@@ -224,6 +229,10 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
   shared.pieces = reinterpret_cast<Piece*>(after + 384);
   shared.ended = shared.scratch + 15;
   shared.meet = after + 512;
+  if constexpr (Shape::Cluster > 1) {
+    shared.inbox = smem_address(after) + 512 + Shape::WT * Shape::Rows * 8;
+    shared.inbox_full = shared.q_empty + 8 * 2;
+  }
 
   if (threadIdx.x < p.stages) {
     mbarrier_init(shared.full + 8 * threadIdx.x, Shape::Producers);
@@ -238,12 +247,20 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
     tma_prefetch_map(&p.v_map);
     if (Shape::Wide) tma_prefetch_map(&p.q_map);
     *shared.ended = 0;
+    if constexpr (Shape::Cluster > 1) {
+      mbarrier_init(shared.inbox_full, 1);
+      mbarrier_init_fence();
+    }
   }
-  __syncthreads();  // the barriers are ready
+  if constexpr (Shape::Cluster > 1) {
+    cluster_sync();  // everybody's are ready
+  } else {
+    __syncthreads();  // the barriers are ready
+  }
   if (p.late < 0) launch_dependents();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  Walker<Shape::T> walker(p);
-  if (p.B > 32) {  // more sequences than a warp has lanes
+  Walker<Shape::T, Shape::Cluster, Shape::Charge> walker(p);
+  if (Shape::Cluster == 1 && p.B > 32) {  // more sequences than a warp has lanes
     prefetch_table(p);
     bool waited = p.B > Shape::Threads;
     if (waited) wait_for_previous_grid();
@@ -257,7 +274,7 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
     }
   }
   if (warp < Shape::ConsumerWarps) {
-    if (p.B <= 32) {
+    if (Shape::Cluster > 1 || p.B <= 32) {
       prefetch_table(p);
       wait_for_previous_grid();
       *shared.ended = 1;

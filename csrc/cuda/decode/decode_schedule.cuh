@@ -4,6 +4,7 @@
 // sequence, head, key. Default: each CTA takes an equal share of the line, so whatever the lengths are no
 // CTA has more than one tile more than another, and a CTA cuts at most the first and the last head it meets
 // (stream-K). Batch-invariant: the cuts lie at multiples of a chunk that follows from a sequence's own length.
+// Where heads are few, each may have a cluster of CTAs instead.
 #pragma once
 #include "../common/ptx_sm90.cuh"
 
@@ -70,8 +71,11 @@ struct Piece {
   ATTNKIT_DEVICE int slot(int i) const { return i == 0 ? slot0 : slot0 + 1 + step * (i - 1); }
 };
 
-template <int T>
+// Cluster: CTAs that have a head together; with 1 all CTAs divide the line. Charge: the line holds more than tiles.
+template <int T, int Cluster = 1, bool Charge = false>
 struct Walker {
+  static constexpr int Unit = Charge ? 2 : 1;
+
   const DecodeParams& p;
   int position, end;  // in the line of tiles
   int b, start;       // the sequence that holds position, and where it starts
@@ -95,6 +99,11 @@ struct Walker {
 
   ATTNKIT_DEVICE int heads() const { return p.Hkv * p.row_blocks; }
 
+  // A head's part of the line, and the tile that a place of it is in. Where pieces are charged for, the line is counted in half tiles,
+  // and a short head takes one more: beginning and ending it costs about that.
+  ATTNKIT_DEVICE static int units(int tiles) { return Unit * tiles + (Charge && tiles < 16); }
+  ATTNKIT_DEVICE int tile_at(int unit) const { return Charge ? min((unit + 1) / 2, tiles) : unit; }
+
   // Where CTA c begins: floor(c total / ctas), so that equal heads are cut alike.
   ATTNKIT_DEVICE int cut(int c) const { return c * share + static_cast<int>(static_cast<u32>(c) * static_cast<u32>(extra) / static_cast<u32>(ctas)); }
 
@@ -106,7 +115,7 @@ struct Walker {
   }
 
   ATTNKIT_DEVICE void take_share(int total) {
-    ctas = max(1, min(static_cast<int>(gridDim.x), total / p.least_tiles));
+    ctas = max(1, min(static_cast<int>(gridDim.x), total / (Unit * p.least_tiles)));
     cta = blockIdx.x;
     share = total / ctas;
     extra = total - share * ctas;
@@ -125,14 +134,43 @@ struct Walker {
     return value;
   }
 
+  // A cluster has one head, each of its CTAs a stretch of it, some of them none where tiles are fewer.
+  ATTNKIT_DEVICE void place_in_cluster() {
+    const int unit = blockIdx.x / Cluster;
+    b = unit / heads();
+    start = unit - b * heads();
+    seen = load_l2(p.lens + b);
+    measure_length(p, seen, length, low, tiles);
+    ctas = min(tiles, Cluster);
+    cta = blockIdx.x % Cluster;
+    position = min(tiles * cta / ctas, tiles);
+    end = min(tiles * (cta + 1) / ctas, tiles);
+  }
+
+  ATTNKIT_DEVICE bool next_in_cluster(Piece& piece) {
+    piece.b = b;
+    piece.h = start / p.row_blocks;
+    piece.block = start - piece.h * p.row_blocks;
+    piece.length = length;
+    piece.low = low;
+    piece.tile = low / T + position;
+    piece.tiles = end - position;
+    piece.index = cta;
+    piece.count = ctas;
+    piece.slot0 = piece.step = 0;
+    position = end;
+    return piece.tiles > 0;
+  }
+
   // Finds this CTA's part of the line: each warp for itself, where a lane a sequence is enough.
   ATTNKIT_DEVICE void place_few() {
+    if constexpr (Cluster > 1) return place_in_cluster();
     const int lane = threadIdx.x & 31;
     int mine = 0;
     if (lane < p.B) {
       seen = load_l2(p.lens + lane);
       measure_length(p, seen, length, low, tiles);
-      mine = tiles * heads();
+      mine = units(tiles) * heads();
     }
     const int sum = sum_up_to_lane(mine);
     take_share(__shfl_sync(~0u, sum, 31));
@@ -152,7 +190,7 @@ struct Walker {
     for (int i = first; i < last; ++i) {
       seen = load_l2(p.lens + i);
       measure_length(p, seen, length, low, tiles);
-      mine += tiles;
+      mine += units(tiles);
     }
     mine *= heads();
     const int sum = sum_up_to_lane(mine);
@@ -168,12 +206,12 @@ struct Walker {
     if (position >= at && position < at + mine) {
       for (int i = first; i < last; ++i) {
         measure(p, i, length, low, tiles);
-        if (position < at + tiles * heads()) {
+        if (position < at + units(tiles) * heads()) {
           scratch[warps] = i;
           scratch[warps + 1] = at;
           break;
         }
-        at += tiles * heads();
+        at += units(tiles) * heads();
       }
     }
     __syncthreads();
@@ -188,22 +226,28 @@ struct Walker {
   ATTNKIT_DEVICE bool stale(int i) const { return i < p.B && load_l2(p.lens + i) != seen; }
 
   ATTNKIT_DEVICE bool next(Piece& piece) {
+    if constexpr (Cluster > 1) return next_in_cluster(piece);
     while (position < end) {
-      while (position >= start + tiles * heads()) {
-        start += tiles * heads();
+      while (position >= start + units(tiles) * heads()) {
+        start += units(tiles) * heads();
         ++b;
         measure(p, b, length, low, tiles);
       }
-      const int head = (position - start) / tiles;
-      const int from = start + head * tiles;
-      const int offset = position - from;
+      const int head = (position - start) / (Charge ? units(tiles) : tiles);
+      const int from = start + head * (Charge ? units(tiles) : tiles);
+      const int offset = Charge ? tile_at(position - from) : position - from;
       piece.b = b;
       piece.h = p.row_blocks == 1 ? head : head / p.row_blocks;
       piece.block = head - piece.h * p.row_blocks;
       piece.length = length;
       piece.low = low;
       piece.tile = low / T + offset;
-      if (p.invariant) {
+      if constexpr (Charge) {
+        position = min(end, from + units(tiles));
+        piece.tiles = tile_at(position - from) - offset;
+        if (piece.tiles == 0) continue;  // only what is charged for was left
+      }
+      if (!Charge && p.invariant) {
         const int chunk = max(p.chunk_least, (tiles + p.chunk_most - 1) / p.chunk_most);
         const int index = offset / chunk;
         if (offset != index * chunk) {  // the CTA before this one began that chunk
@@ -216,15 +260,15 @@ struct Walker {
         piece.slot0 = (b * heads() + head) * p.chunk_most;
         piece.step = 1;
       } else {
-        piece.tiles = min(tiles - offset, end - position);
+        if constexpr (!Charge) piece.tiles = min(tiles - offset, end - position);
         const bool whole = piece.tiles == tiles;
         const int first = whole ? cta : owner(from);
         piece.index = cta - first;
-        piece.count = whole ? 1 : owner(from + tiles - 1) - first + 1;
+        piece.count = whole ? 1 : owner(from + Unit * tiles - Unit) - first + 1;
         piece.slot0 = 2 * first + 1;  // a CTA ends in at most one head it began, and begins in at most one
         piece.step = 2;
       }
-      position += piece.tiles;
+      if constexpr (!Charge) position += piece.tiles;
       return true;
     }
     return false;

@@ -4,9 +4,11 @@
 // by TMA, a box a page (any page size and stride). Consumer warps each own 16 keys of every tile and all rows: S^T = K q^T
 // with the keys on the M side of mma.sync and the G * Q rows on its N side, so rows are padded to a multiple of 8 only;
 // then O^T = V^T P^T. Warps keep their own running maximum and meet once a piece. Pieces of one head that lie in
-// several CTAs meet in a workspace; who arrives last adds them up in a fixed order.
+// several CTAs meet in a workspace; who arrives last adds them up in a fixed order. Where a cluster of CTAs has a head, they
+// meet in their shared memory instead.
 #pragma once
 #include "../common/convert.cuh"
+#include "decode_cluster.cuh"
 #include "decode_combine.cuh"
 #include "decode_load.cuh"
 
@@ -15,10 +17,12 @@ namespace attnkit {
 // Shape of one build. Rows of a block: 8 * NR * WR. Consumer warps: WR row groups x WT key groups, each
 // warp with MT x 16 keys of a tile and NR x 8 rows. With Heads = 2 a tile holds two KV heads, slot by slot, so that
 // memory is read 256 bytes at a time where a head's row has 128; each of the two row groups has one of them.
-template <int D_, int DV_, int KvType_, int NR_, int WR_, int WT_, int MT_, int CtasPerSm_, int Heads_>
+// Cluster: CTAs that have a head together. Charge: work is divided with what a short head costs besides its tiles.
+template <int D_, int DV_, int KvType_, int NR_, int WR_, int WT_, int MT_, int CtasPerSm_, int Heads_, int Cluster_, bool Charge_>
 struct DecodeShape {
   static constexpr int D = D_, DV = DV_, KvType = KvType_, NR = NR_, WR = WR_, WT = WT_, MT = MT_;
-  static constexpr int CtasPerSm = CtasPerSm_, Heads = Heads_;
+  static constexpr int CtasPerSm = CtasPerSm_, Heads = Heads_, Cluster = Cluster_;
+  static constexpr bool Charge = Charge_;
   static constexpr bool Bytes = KvType == kE4m3 || KvType == kInt8;  // computed in f16
   static constexpr bool Bf16 = KvType == kBf16, Wide = false;
   static constexpr int QSlots = 2;
@@ -47,7 +51,10 @@ struct DecodeShape {
     return columns;
   }
   static constexpr int MeetColumns = meet_columns();
-  static constexpr int FixedBytes = 512 + 2 * QBytes + WT * Rows * 8;  // 512: barriers, the walker's scratch
+  // CTAs of a cluster that add up columns, each its own: a power of two.
+  static constexpr int Owners = Cluster >= 16 ? 16 : Cluster >= 8 ? 8 : Cluster >= 4 ? 4 : Cluster >= 2 ? 2 : 1;
+  static constexpr int InboxBytes = Cluster == 1 ? 0 : Cluster * Rows * (DV / Owners * 4 + 16);
+  static constexpr int FixedBytes = 512 + 2 * QBytes + WT * Rows * 8 + InboxBytes;  // 512: barriers, the walker's scratch
   static_assert(MeetColumns * WT * Rows * 4 <= StageBytes, "a tile holds a pass of the meeting");
   static_assert(D % 16 == 0 && DV % MeetColumns == 0 && MeetColumns % 16 == 0, "head size");
 
@@ -432,8 +439,9 @@ struct DecodeConsumer {
         factor[n][j] = exp2_fast(high[n][j] - (most == negative_infinity() ? 0.f : most));
       }
     }
-    if (lane >= rows.count) return 1.f;
-    const int n = rows.row(lane), place = Shape::place_of(p, n);
+    const int k = lane / Shape::Owners;  // in a cluster a lane has a row and one owner of columns, whom it tells
+    if (k >= rows.count) return 1.f;
+    const int n = rows.row(k), place = Shape::place_of(p, n);
     float most = negative_infinity(), total = 0.f;
 #pragma unroll
     for (int g = 0; g < Shape::WT; ++g) most = fmaxf(most, meet[g * Shape::Rows + place].x);
@@ -442,9 +450,14 @@ struct DecodeConsumer {
       const float2 one = meet[g * Shape::Rows + place];
       total += one.y * exp2_fast(one.x - (most == negative_infinity() ? 0.f : most));
     }
-    if (piece.count == 1) return output.finish(n, most, total, true);
-    output.weights(piece.slot(piece.index), 0)[n] = make_float2(most, total);
-    return 1.f;
+    if constexpr (Shape::Cluster > 1) {
+      ClusterMeeting<Shape>(shared).send_weight(lane % Shape::Owners, n, most, total);
+      return 1.f;
+    } else {
+      if (piece.count == 1) return output.finish(n, most, total, true);
+      output.weights(piece.slot(piece.index), 0)[n] = make_float2(most, total);
+      return 1.f;
+    }
   }
 
   // The key groups' sums meet in the last tile's stage and leave as output, or as one partial of the head. A row's columns are
@@ -485,20 +498,53 @@ struct DecodeConsumer {
           const float4 more = *reinterpret_cast<const float4*>(from + g * Shape::Rows * Pitch);
           total = make_float4(total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w);
         }
-        if (piece.count == 1) {
+        if constexpr (Shape::Cluster > 1) {
+          ClusterMeeting<Shape>(shared).send(n, pass * Pitch + column, total);
+        } else if (piece.count == 1) {
           output.write(output.place(n) + (pass * Pitch + column) * 2, total, by);
         } else {
           reinterpret_cast<float4*>(output.values(piece.slot(piece.index)))[(n * DV + pass * Pitch + column) / 4] = total;
         }
       }
     }
+    if constexpr (Shape::Cluster > 1) return;
     fence_async_shared();  // before TMA writes there again
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared.empty + 8 * stage);
     if (piece.count > 1) combine<Shape>(p, piece, output, shared.scratch);
   }
 
+  // A CTA of a cluster has one piece at the most; those that have none add up columns too.
+  ATTNKIT_DEVICE void run_in_cluster() {
+    const ClusterMeeting<Shape> meeting(shared);
+    mbarrier_wait(shared.q_full, 0);
+    const Piece& piece = shared.pieces[0];
+    const RowOutput output(p, piece, Shape::Rows, DV);
+    if (threadIdx.x == 0) meeting.expect(piece.count, output.rows);
+    if (piece.tiles > 0) {
+      begin(piece);
+      q_rows = shared.q;
+      load_q();
+      int stage = 0, phase = 0, last = 0;
+#pragma unroll 1
+      for (int t = 0; t < piece.tiles; ++t) {
+        mbarrier_wait(shared.full + 8 * stage, phase);
+        tile(piece, (piece.tile + t) * T, shared.ring + stage * Shape::StageBytes);
+        __syncwarp();
+        last = stage;
+        if (lane == 0 && t < piece.tiles - 1) mbarrier_arrive(shared.empty + 8 * stage);
+        if (++stage == p.stages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+      finish(piece, last);
+    }
+    meeting.receive(piece, output);
+  }
+
   ATTNKIT_DEVICE void run() {
+    if constexpr (Shape::Cluster > 1) return run_in_cluster();
     int stage = 0, phase = 0;
     for (int pieces = 0;; ++pieces) {
       const int q_slot = pieces & 1;

@@ -28,6 +28,8 @@ class Build:
     MT: int  # 16-key groups a warp has of a tile
     ctas_per_sm: int
     heads: int = 1  # KV heads that a tile holds
+    cluster: int = 1  # CTAs that share a head and meet in shared memory
+    charge: int = 0  # 1: work is divided with the cost of beginning and ending a short head counted in
 
     @property
     def wide(self) -> bool:
@@ -71,7 +73,15 @@ class Build:
         if self.wide:
             return self.rows * self.D * 2 + 512
         pitch = self.D * 2 + (16 if self.D // 8 % 2 == 0 else 0)
-        return 512 + 2 * self.rows * pitch + self.WT * self.rows * 8
+        return 512 + 2 * self.rows * pitch + self.WT * self.rows * 8 + self.inbox_bytes
+
+    @property
+    def inbox_bytes(self) -> int:
+        """Where a CTA of a cluster gets the others' sums of its columns, and a (max, sum) a row."""
+        if self.cluster == 1:
+            return 0
+        owners = max(n for n in (2, 4, 8, 16) if n <= self.cluster)
+        return self.cluster * self.rows * (self.Dv // owners * 4 + 16)
 
     @property
     def stages(self) -> int:
@@ -80,8 +90,8 @@ class Build:
 
     @property
     def macros(self) -> dict[str, int]:
-        names = ("D", "DV", "KV") if self.wide else ("D", "DV", "KV", "NR", "WR", "WT", "MT", "HEADS")
-        values = (self.D, self.Dv, self.kv, self.NR, self.WR, self.WT, self.MT, self.heads)
+        names = ("D", "DV", "KV") if self.wide else ("D", "DV", "KV", "NR", "WR", "WT", "MT", "HEADS", "CLUSTER", "CHARGE")
+        values = (self.D, self.Dv, self.kv, self.NR, self.WR, self.WT, self.MT, self.heads, self.cluster, self.charge)
         return {f"ATTNKIT_{n}": v for n, v in zip(names, values)} | {"ATTNKIT_CTAS": self.ctas_per_sm}
 
     @property
@@ -102,8 +112,11 @@ def swizzle(row_bytes: int) -> int:
     return 128 if row_bytes % 128 == 0 else 64 if row_bytes % 64 == 0 else 32
 
 
-def build_for(D: int, Dv: int, kv: int, rows: int, G: int, ctas_per_sm: int, heads: int = 1) -> Build:
-    """The build that serves ``rows`` = G x Q rows a KV head; with ``heads`` = 2 (for up to 8 rows) two heads at a time.
+def build_for(
+    D: int, Dv: int, kv: int, rows: int, G: int, ctas_per_sm: int, heads: int = 1, cluster: int = 1, charge: bool = False
+) -> Build:
+    """The build that serves ``rows`` = G x Q rows a KV head; with ``heads`` = 2 (for up to 8 rows) two heads at a time,
+    or with a ``cluster`` of CTAs a head, or with a ``charge`` for short ones.
 
     A tile is some 32 KB of keys and values, whatever the row size: that is what keeps the loads long. The
     number of keys in it follows from the shape alone, so it does not change with the config (batch invariance).
@@ -116,7 +129,7 @@ def build_for(D: int, Dv: int, kv: int, rows: int, G: int, ctas_per_sm: int, hea
         return Build(D, Dv, kv, 0, 0, 0, 0, 2 if both <= 256 else 1)
     mt = 2 if both * item <= 256 else 1
     if rows <= 8:
-        return Build(D, Dv, kv, 1, 1, 4, mt, ctas_per_sm if both <= 256 else 1)
+        return Build(D, Dv, kv, 1, 1, 4, mt, ctas_per_sm if both <= 256 else 1, 1, cluster, int(charge))
     if both * item > 512 or (item == 1 and both > 256):
         return Build(D, Dv, kv, 1, 2, 2, 2, 1)
     if rows <= 16 or both > 256:
@@ -130,4 +143,7 @@ def shipped() -> list[Build]:
     shapes += [(64, BF16, 8), (256, BF16, 8), (128, F16, 8), (128, E4M3, 8), (128, INT8, 8)]
     builds = [build_for(D, D, kv, rows, 4, ctas) for D, kv, rows in shapes for ctas in (2, 1)]
     builds += [build_for(D, D, kv, 8, 4, 2, heads=2) for D, kv in ((64, BF16), (128, E4M3), (128, INT8))]
+    clusters = ((4, 1), (8, 1), (16, 1), (2, 2), (3, 2), (4, 2), (6, 2), (8, 2), (12, 2))
+    builds += [build_for(128, 128, kv, 8, 4, ctas, cluster=n) for kv in (BF16, F16) for n, ctas in clusters]
+    builds += [build_for(128, 128, kv, 8, 4, 2, charge=True) for kv in (BF16, F16)]
     return list(dict.fromkeys(builds))
