@@ -98,6 +98,17 @@ def test_who_does_not_wait_gets_the_same_bits(lens, fp8):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("Q", [1, 2])
+@pytest.mark.parametrize("lens", [(6000, 300), (2048,) * 16], ids=len)
+def test_sums_that_f16_does_not_hold(lens, Q):
+    """Pieces of a bf16 sequence meet as f16; values beyond its range go through it by a power of two a row."""
+    x = latents.make(lens, "cuda", S=64, Q=Q)
+    x.q[..., : x.C : 7] = 0  # the scores stay as they are
+    x.kv[..., : x.C : 7] *= 2.0**20
+    latents.compare(call, x)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_batch_invariance(fp8):
     x = latents.make((5000, 40, 3000, 9000), "cuda", S=64, fp8=fp8)

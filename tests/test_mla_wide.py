@@ -35,6 +35,8 @@ CASES = [
     replace(BASE, lens=(6000, 5900)),  # fewer
     replace(BASE, lens=(8192,)),  # one in as many pieces as there are groups
     replace(BASE, lens=(2048,) * 16),  # four groups a sequence
+    replace(BASE, lens=(1024,) * 32),  # two
+    replace(BASE, lens=(1024,) * 32, dtype=torch.float16),
     replace(BASE, lens=(6000, 300), dtype=torch.float16),  # pieces meet in float32
     replace(BASE, lens=(2000,) * 9, dtype=torch.float16),
     replace(BASE, lens=(8192,), dtype=torch.float16),

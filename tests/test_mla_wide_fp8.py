@@ -48,6 +48,7 @@ OPTIONS = {
     "two": {"lens": (6000, 5900), "S": 64},
     "one": {"lens": (8192,), "S": 64},  # in as many pieces as there are groups
     "even": {"lens": (2048,) * 16, "S": 64},
+    "pairs": {"lens": (1024,) * 32, "S": 64},
     "even-64": {"lens": (2048,) * 9, "S": 64, "H": 64},
 }
 

@@ -128,7 +128,7 @@ def tiles_of(length, window, Q, capacity):
 
 LENS = {
     "one": [8192], "empty": [0], "edges": [1, 63, 64, 65, 0, 4096], "skew": [65536, *[700] * 30], "equal": [4096] * 16,
-    "many": [17] * 150, "ragged": [int(x) for x in np.random.default_rng(0).integers(0, 9000, 40)],
+    "pairs": [4096] * 32, "odd pairs": [4030] * 32, "many": [17] * 150, "ragged": [int(x) for x in np.random.default_rng(0).integers(0, 9000, 40)],
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ CUDA = Space(
         "csrc/cuda/mla/mla_narrow_sm90.cuh",
         "csrc/cuda/mla/mla_narrow_fp8_sm90.cuh",
         "csrc/cuda/mla/mla_narrow_common.cuh",
+        "csrc/cuda/mla/mla_narrow_meeting.cuh",
         "csrc/cuda/decode/decode_schedule.cuh",
         "csrc/cuda/decode/decode_combine.cuh",
     ),

@@ -1,9 +1,7 @@
-// What the builds of the latent decode kernel for few rows share: the rows' softmax, the output, and how pieces meet.
+// What the builds of the latent decode kernel for few rows share: the rows' softmax, the output, and what loads tiles.
 #pragma once
-#include "../common/convert.cuh"
-#include "../decode/decode_combine.cuh"
-#include "../decode/decode_schedule.cuh"
 #include "../common/wgmma_sm90.cuh"
+#include "mla_narrow_meeting.cuh"
 
 namespace attnkit {
 
@@ -30,317 +28,6 @@ ATTNKIT_DEVICE void mla_bulk_store(void* to, u32 from, u32 bytes) {
 }
 
 ATTNKIT_DEVICE void mla_bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;\nfence.proxy.async;" ::: "memory"); }
-
-ATTNKIT_DEVICE int mla_add_release(int* counter, int n) {
-  int old;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
-  return old;
-}
-
-// For counting only: publishes nothing.
-ATTNKIT_DEVICE int mla_add_relaxed(int* counter, int n) {
-  int old;
-  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
-  return old;
-}
-
-ATTNKIT_DEVICE int mla_read_acquire(const int* counter) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-}
-
-// ---- pieces of one sequence meet ----
-
-// True in the CTA that is the last of ``count`` to arrive; the counter is zero again after that.
-ATTNKIT_DEVICE bool mla_arrives_last(int* counter, int count, int* flag) {
-  named_barrier(1, 128);  // the partial is written, and the flag's last reader is done
-  if (threadIdx.x == 0) {
-    const bool last = mla_add_release(counter, 1) == count - 1;
-    if (last) *counter = 0;
-    *flag = last;
-  }
-  named_barrier(1, 128);
-  return *flag != 0;
-}
-
-// A piece is 16 to 64 KB and a CTA reads some 64 KB a microsecond, so several CTAs share the adding up of many: groups
-// of ``fan`` first.
-ATTNKIT_DEVICE int mla_fan(int count) {
-  int fan = count <= 9 ? 9 : 3;
-  while (fan * fan < count) ++fan;
-  return fan;
-}
-
-// 4 x Each columns of one row over some tokens: weighted values relative to 2^high, and the weights' sum.
-template <int Each>
-struct MlaSum {
-  float4 value[Each];
-  float high = negative_infinity(), sum = 0.f;
-
-  ATTNKIT_DEVICE MlaSum() {
-#pragma unroll
-    for (int u = 0; u < Each; ++u) value[u] = make_float4(0.f, 0.f, 0.f, 0.f);
-  }
-
-  // Adds the pieces in ``slots``, less than Batch perhaps: those from ``count`` on are left out. All are asked for at once.
-  // ``at``: the first columns' place in a piece; the others follow ``apart`` floats after one another.
-  template <int Batch, class Slot>
-  ATTNKIT_DEVICE void add(const RowOutput& output, int level, int row, int at, int apart, int count, const Slot& slot_of) {
-    float4 parts[Each][Batch];
-    float2 weights[Batch];
-#pragma unroll
-    for (int i = 0; i < Batch; ++i) {
-      const int slot = slot_of(min(i, count - 1));
-      const float* from = output.values(slot) + at;
-      weights[i] = load_l2(output.weights(slot, level) + row);
-#pragma unroll
-      for (int u = 0; u < Each; ++u) {
-        parts[u][i] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (i < count) parts[u][i] = load_l2(reinterpret_cast<const float4*>(from + u * apart));
-      }
-    }
-    float most = high;
-#pragma unroll
-    for (int i = 0; i < Batch; ++i) {
-      if (i >= count) weights[i] = make_float2(negative_infinity(), 0.f);
-      most = fmaxf(most, weights[i].x);
-    }
-    const float base = most == negative_infinity() ? 0.f : most;  // none has seen a token
-    const float mine = exp2_fast(high - base);
-    high = most;
-    sum *= mine;
-#pragma unroll
-    for (int u = 0; u < Each; ++u) value[u] = make_float4(value[u].x * mine, value[u].y * mine, value[u].z * mine, value[u].w * mine);
-#pragma unroll
-    for (int i = 0; i < Batch; ++i) {
-      const float by = exp2_fast(weights[i].x - base);
-      sum += weights[i].y * by;
-#pragma unroll
-      for (int u = 0; u < Each; ++u) {
-        value[u].x += parts[u][i].x * by;
-        value[u].y += parts[u][i].y * by;
-        value[u].z += parts[u][i].z * by;
-        value[u].w += parts[u][i].w * by;
-      }
-    }
-  }
-
-  ATTNKIT_DEVICE void write(const RowOutput& output, int row, int column, int apart) const {
-    const float by = output.finish(row, high, sum, column == 0);
-    char* to = output.place(row) + column * 2;
-#pragma unroll
-    for (int u = 0; u < Each; ++u) output.write(to + u * apart * 2, value[u], by);
-  }
-};
-
-// Adds pieces first, first + step, ... (count of them), in that order; 16 threads a row. Up to 32 loads a thread are in
-// flight: their latency is all that this takes, and the accumulators' registers are free by now.
-template <class Shape>
-ATTNKIT_DEVICE void mla_add_pieces(const Piece& piece, const RowOutput& output, int first, int step, int count, int level, bool last) {
-  constexpr int Each = Shape::C / 64, Batch = 4;
-  const int column = threadIdx.x % 16 * 4;
-#pragma unroll 1
-  for (int row = threadIdx.x / 16; row < output.rows; row += Shape::Consumers / 16) {
-    const int at = row * Shape::C + column;
-    MlaSum<Each> total;
-#pragma unroll 1
-    for (int i0 = 0; i0 < count; i0 += Batch) {
-      total.template add<Batch>(output, level, row, at, 64, count - i0, [&](int i) { return piece.slot(first + (i0 + i) * step); });
-    }
-    if (last) {
-      total.write(output, row, column, 64);
-    } else {
-      const int slot = piece.slot(first);
-#pragma unroll
-      for (int u = 0; u < Each; ++u) *reinterpret_cast<float4*>(output.values(slot) + at + u * 64) = total.value[u];
-      if (column == 0) output.weights(slot, level + 1)[row] = make_float2(total.high, total.sum);
-    }
-  }
-}
-
-template <class Shape>
-ATTNKIT_DEVICE void mla_combine(const DecodeParams& p, const Piece& piece, const RowOutput& output, int* flag) {
-  const int fan = mla_fan(piece.count);
-  const bool grouped = piece.count > fan;
-  int first = grouped ? piece.index / fan * fan : 0, step = 1;
-  int count = grouped ? min(fan, piece.count - first) : piece.count;
-  int* meeting = p.counters + p.slots + piece.slot0;
-  int* counter = grouped ? p.counters + piece.slot(first) : meeting;
-#pragma unroll 1
-  for (int level = 0; mla_arrives_last(counter, count, flag); ++level) {
-    const bool last = !grouped || level == 1;
-    mla_add_pieces<Shape>(piece, output, first, step, count, level, last);
-    if (last) break;
-    first = 0;
-    step = fan;
-    count = (piece.count + fan - 1) / fan;
-    counter = meeting;
-  }
-}
-
-// ---- pieces whose CTAs have nothing else to do ----
-
-// A piece, and how many of its sequence's, the first ones, are the last of their CTAs. Those wait for the others and
-// share the adding up; 0: whoever comes last adds up all.
-struct MlaPart : Piece {
-  int waiting;
-
-  template <int T>
-  ATTNKIT_DEVICE void find_waiting(const Walker<T>& walker) {
-    waiting = 0;
-    // Where it is 64 KB or less, one CTA adds it up in less time than the others would wait.
-    if (count * walker.p.block_rows <= 32 || count == 1 || walker.p.invariant) return;
-    const bool goes_on = walker.cut(walker.cta - index + count) != walker.start + walker.tiles;  // the last piece's CTA
-    waiting = count - goes_on;
-  }
-};
-
-// The pieces of one sequence add up each other's rows: who waits has a share of the columns of all rows. Who has waited in
-// vain leaves its share to the last to arrive, so that two launches which keep each other from the multiprocessors come to an end
-// all the same. The counter has three fields: how many have come, have given up, have left.
-template <class Shape>
-struct MlaSharing {
-  static constexpr int kCame = 1, kGaveUp = 1 << 10, kLeft = 1 << 20, kMask = 1023;
-  static constexpr int Lines = Shape::C / 128;  // of a row: a warp reads 128 columns at a time
-  const DecodeParams& p;
-  const MlaPart& piece;
-  const RowOutput& output;
-  int* flag;    // in shared memory
-  float* sums;  // [4, 128], there too
-
-  ATTNKIT_DEVICE int* counter() const { return p.counters + p.slots + piece.slot0; }
-  ATTNKIT_DEVICE int* gave_up(int i) const { return p.counters + piece.slot(i); }
-
-  ATTNKIT_DEVICE static void join(float& high, float& sum, float other, float more) {
-    const float most = fmaxf(high, other), base = most == negative_infinity() ? 0.f : most;
-    sum = sum * exp2_fast(high - base) + more * exp2_fast(other - base), high = most;
-  }
-
-  // Columns 128 line and on of a row, Across lines of them, added up over pieces part, part + parts, ...; 16 loads in flight.
-  template <int Across>
-  ATTNKIT_DEVICE void add_lines(int row, int line, int part, int parts, float4 (&total)[Across]) const {
-    constexpr int Pieces = 16 / Across;
-    const int lane = threadIdx.x & 31, count = piece.count;
-    float high = negative_infinity(), sum = 0.f;
-#pragma unroll 1
-    for (int i = lane; i < count; i += 32) {
-      const float2 w = load_l2(output.weights(piece.slot(i), 0) + row);
-      join(high, sum, w.x, w.y);
-    }
-#pragma unroll 1
-    for (int d = 1; d < 32; d *= 2) {
-      const float other = __shfl_xor_sync(~0u, high, d), more = __shfl_xor_sync(~0u, sum, d);
-      join(high, sum, other, more);
-    }
-    const float scale = output.finish(row, high, sum, lane == 0 && line == 0 && part == 0);
-    high = high == negative_infinity() ? 0.f : high;
-#pragma unroll
-    for (int u = 0; u < Across; ++u) total[u] = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 1
-    for (int i0 = part; i0 < count; i0 += parts * Pieces) {
-      const int mine = i0 + lane % Pieces * parts;
-      const float2 w = load_l2(output.weights(piece.slot(min(mine, count - 1)), 0) + row);
-      float4 x[Across][Pieces];
-#pragma unroll
-      for (int k = 0; k < Pieces; ++k) {
-        const int i = i0 + k * parts;
-        const float4* from = reinterpret_cast<const float4*>(output.values(piece.slot(i)) + row * Shape::C + line * 128) + lane;
-#pragma unroll
-        for (int u = 0; u < Across; ++u) {
-          x[u][k] = make_float4(0.f, 0.f, 0.f, 0.f);
-          if (i < count) x[u][k] = load_l2(from + u * 32);
-        }
-      }
-      const float by = exp2_fast(mine < count ? w.x - high : negative_infinity()) * scale;
-#pragma unroll
-      for (int k = 0; k < Pieces; ++k) {
-        const float f = __shfl_sync(~0u, by, k);
-#pragma unroll
-        for (int u = 0; u < Across; ++u) {
-          total[u].x += x[u][k].x * f, total[u].y += x[u][k].y * f, total[u].z += x[u][k].z * f, total[u].w += x[u][k].w * f;
-        }
-      }
-    }
-  }
-
-  // The share of the j-th of those who wait: a warp takes a row's lines, some of them or one at a time.
-  template <int Across>
-  ATTNKIT_DEVICE void add_share(int j) const {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, units = output.rows * (Lines / Across);
-    const int each = (units + piece.waiting - 1) / piece.waiting, first = j * each, last = min(first + each, units);
-    const int parts = Across == 1 && each < 4 ? 4 : 1;  // few: all warps share the pieces
-    float4 total[Across];
-#pragma unroll 1
-    for (int unit = first + (parts == 1 ? warp : 0); unit < last; unit += parts == 1 ? 4 : 1) {
-      const int row = unit / (Lines / Across), line = unit % (Lines / Across) * Across;
-      add_lines<Across>(row, line, parts == 1 ? 0 : warp, parts, total);
-      if (parts > 1) {
-        reinterpret_cast<float4*>(sums)[threadIdx.x] = total[0];
-        named_barrier(1, 128);
-        if (warp == 0) {
-#pragma unroll
-          for (int w = 1; w < 4; ++w) {
-            const float4 x = reinterpret_cast<const float4*>(sums)[w * 32 + lane];
-            total[0].x += x.x, total[0].y += x.y, total[0].z += x.z, total[0].w += x.w;
-          }
-        }
-        named_barrier(1, 128);
-        if (warp > 0) continue;
-      }
-#pragma unroll
-      for (int u = 0; u < Across; ++u) output.write(output.place(row) + ((line + u) * 128 + lane * 4) * 2, total[u], 1.f);
-    }
-  }
-
-  ATTNKIT_DEVICE void add(int j) const {
-    if (Lines >= 4 && piece.count <= 4) {
-      add_share<Lines >= 4 ? 4 : 1>(j);
-    } else if (Lines >= 2 && piece.count <= 8) {
-      add_share<Lines >= 2 ? 2 : 1>(j);
-    } else {
-      add_share<1>(j);
-    }
-  }
-
-  enum { kLeaves, kAdds, kLastOfSome };
-
-  // Thread 0: this piece is in the workspace; what is left to do.
-  ATTNKIT_DEVICE int arrive() const {
-    const int old = mla_add_release(counter(), kCame), mine = piece.index < piece.waiting;
-    if ((old & kMask) == piece.count - 1) return old & kMask << 10 ? kLastOfSome : mine ? kAdds : kLeaves;
-    if (!mine) return kLeaves;
-    for (int i = 0; i < p.late; ++i) {  // how patient, here
-      if ((mla_read_acquire(counter()) & kMask) == piece.count) return kAdds;
-    }
-    *gave_up(piece.index) = 1;
-    if ((mla_add_release(counter(), kGaveUp) & kMask) != piece.count) return kLeaves;
-    *gave_up(piece.index) = 0;  // the last came just now, and did not see it
-    return kAdds;
-  }
-
-  ATTNKIT_DEVICE int tell(int value) const {  // thread 0's value to all
-    if (threadIdx.x == 0) *flag = value;
-    named_barrier(1, 128);
-    const int told = *reinterpret_cast<volatile int*>(flag);
-    named_barrier(1, 128);
-    return told;
-  }
-
-  ATTNKIT_DEVICE void run() const {
-    named_barrier(1, 128);
-    const int todo = tell(threadIdx.x == 0 ? arrive() : 0);
-    if (todo != kLeaves && piece.index < piece.waiting) add(piece.index);
-#pragma unroll 1
-    for (int i = 0; todo == kLastOfSome && i < piece.waiting; ++i) {
-      if (tell(threadIdx.x == 0 ? *reinterpret_cast<volatile int*>(gave_up(i)) : 0) == 0) continue;
-      add(i);
-      if (threadIdx.x == 0) *gave_up(i) = 0;
-    }
-    named_barrier(1, 128);
-    if (threadIdx.x == 0 && mla_add_relaxed(counter(), kLeft) >> 20 == piece.count - 1) *counter() = 0;
-  }
-};
 
 // ---- the computing warpgroup ----
 
@@ -599,11 +286,122 @@ struct MlaValues {
     }
   }
 
+  // Values divided by their weights' sum to shared memory as f16, rows HalfPitch bytes apart. True where f16 does not hold them.
+  ATTNKIT_DEVICE bool stage_halves(u32 to, const float (&by)[NR][2]) const {
+    u32 most = 0;
+    const auto packed = [&](float x, float y) {
+      const u32 pair = pack_f16(x, y);
+      asm("max.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(most) : "r"(pair));
+      return pair;
+    };
+    if constexpr (Shape::PairedColumns) {
+      to += (lane & 3) * 2 * Shape::HalfPitch + (warp * 32 + lane / 4 * 2) * 2;
+#pragma unroll
+      for (int m = 0; m < Shape::Planes; ++m) {
+#pragma unroll
+        for (int i = 0; i < NR; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const u32 x = packed(values[m][4 * i + j] * by[i][j], values[m][4 * i + 2 + j] * by[i][j]);
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + (i * 8 + j) * Shape::HalfPitch + m / 2 * 256 + m % 2 * 32), "r"(x) : "memory");
+          }
+        }
+      }
+    } else {
+      // A fragment has 8 columns by 8 rows; stored transposed, rows are contiguous.
+      to += ((lane >> 4) * 8 + (lane & 7)) * Shape::HalfPitch + (warp * 16 + (lane >> 3 & 1) * 8) * 2;
+#pragma unroll
+      for (int m = 0; m < Shape::Planes; ++m) {
+        u32 w[2 * NR];
+#pragma unroll
+        for (int i = 0; i < 2 * NR; ++i) w[i] = packed(values[m][2 * i] * by[i / 2][0], values[m][2 * i + 1] * by[i / 2][1]);
+        if constexpr (NR == 1) {
+          store_matrix_x2_transposed(to + m * 128, w[0], w[1]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < NR; i += 2) {
+            store_matrix_x4_transposed(to + m * 128 + i * 8 * Shape::HalfPitch, w[2 * i], w[2 * i + 1], w[2 * i + 2], w[2 * i + 3]);
+          }
+        }
+      }
+    }
+    return (most & 0x7fff) >= 0x7c00 || (most >> 16 & 0x7fff) >= 0x7c00;
+  }
+
+  // A power of two for each row, by which f16 holds it. ``most``: [Rows] of shared memory.
+  ATTNKIT_DEVICE void scale_down(float (&by)[NR][2], float* ups, int* most) const {
+    if (threadIdx.x < Shape::Rows) most[threadIdx.x] = 0;
+    named_barrier(1, Shape::Consumers);
+#pragma unroll 1
+    for (int i = 0; i < NR; ++i) {
+#pragma unroll 1
+      for (int j = 0; j < 2; ++j) {
+        float high = 0.f;
+#pragma unroll
+        for (int n = 0; n < NR; ++n) {
+#pragma unroll
+          for (int m = 0; m < Shape::Planes; ++m) {
+            if (n == i) high = fmaxf(high, fmaxf(fabsf(j ? values[m][4 * n + 1] : values[m][4 * n]), fabsf(j ? values[m][4 * n + 3] : values[m][4 * n + 2])));
+          }
+        }
+        float mine = 0.f;
+#pragma unroll
+        for (int n = 0; n < NR; ++n) mine = n == i ? (j ? by[n][1] : by[n][0]) : mine;
+        atomicMax(most + i * 8 + (lane & 3) * 2 + j, __float_as_int(high * mine));
+      }
+    }
+    named_barrier(1, Shape::Consumers);
+#pragma unroll
+    for (int i = 0; i < NR; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = i * 8 + (lane & 3) * 2 + j, down = max(0, (most[row] >> 23) - 127 - 14);
+        by[i][j] *= __int_as_float((127 - down) << 23);
+        ups[row] = __int_as_float((127 + down) << 23);
+      }
+    }
+    named_barrier(1, Shape::Consumers);
+  }
+
+  // This piece's sums to the workspace, as MlaSharing wants them.
+  ATTNKIT_DEVICE void publish_halves(const RowOutput& output, int slot, const float2* totals, float given, float* stage) const {
+    float* ups = stage + Shape::Rows * Shape::HalfPitch / 4;
+    float by[NR][2];
+#pragma unroll
+    for (int i = 0; i < NR; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float sum = totals[i * 8 + (lane & 3) * 2 + j].y;
+        by[i][j] = sum == 0.f ? 0.f : given * reciprocal(sum);
+      }
+    }
+    const u32 to = smem_address(stage);
+    float up = 1.f;
+    const int row = threadIdx.x;
+#pragma unroll 1
+    for (bool again = false;; again = true) {
+      const bool large = stage_halves(to, by);
+      fence_async_shared();
+      if (!any_of_warpgroup<1>(large) || again) break;
+      scale_down(by, ups, reinterpret_cast<int*>(ups + Shape::Rows));
+      up = ups[row % Shape::Rows];
+    }
+    if (row >= output.rows) return;
+    mla_bulk_store(reinterpret_cast<char*>(output.values(slot)) + row * Shape::C * 2, to + row * Shape::HalfPitch, Shape::C * 2);
+    const float2 total = totals[row];
+    output.weights(slot, 0)[row] = make_float2(total.y == 0.f ? negative_infinity() : total.x + log2_fast(total.y), up);
+  }
+
   // The output, or this piece's partial sums, and then perhaps the sum of all pieces; by way of shared memory, so that
   // whole rows are written. ``by``: a factor for the values.
   ATTNKIT_DEVICE void finish(const MlaPart& piece, const float2* totals, float by, float* stage, int* flag) {
     const RowOutput output(p, piece, Shape::Rows, Shape::C);
     const int slot = piece.slot(piece.index);
+    if (Shape::Bf16 && piece.waiting > 0) {
+      publish_halves(output, slot, totals, by, stage);
+      mla_bulk_store_wait();
+      return MlaSharing<Shape>{p, piece, output, flag, stage}.run();
+    }
 #pragma unroll
     for (int n0 = 0; n0 < NR; n0 += Shape::StageGroups) {
       stage_rows(stage, n0, by);
@@ -629,7 +427,7 @@ struct MlaValues {
       if (n0 + Shape::StageGroups < NR) named_barrier(1, Shape::Consumers);
     }
     if (piece.count > 1) mla_bulk_store_wait();
-    if (piece.waiting > 0) {
+    if (!Shape::Bf16 && piece.waiting > 0) {
       MlaSharing<Shape>{p, piece, output, flag, stage}.run();
     } else if (piece.count > 1) {
       mla_combine<Shape>(p, piece, output, flag);

@@ -19,10 +19,10 @@ namespace attnkit {
 template <int NR_, int Stages_>
 struct MlaFp8Shape {
   static constexpr int C = 512, R = 64, NR = NR_, Stages = Stages_;
-  static constexpr bool PairedColumns = true;
+  static constexpr bool PairedColumns = true, Bf16 = true;
   static constexpr int Rows = 8 * NR, T = 64, CtasPerSm = 1, Planes = C / 64, Blocks = C / 128;
   static constexpr int ScaleAt = C, RopeAt = C + 4 * Blocks, TokenBytes = RopeAt + 2 * R;
-  static constexpr int StageBytes = T * TokenBytes, StageGroups = 1, StagePitch = C + 4;
+  static constexpr int StageBytes = T * TokenBytes, StageGroups = 1, StagePitch = C + 4, HalfPitch = 2 * C + 16;
   static constexpr int QPlaneBytes = 2 * Rows * 128, PBytes = Rows * 128;
   // Threads 0 to 127 multiply weights and values, the next 128 make the weights; then the producers, a warpgroup too.
   static constexpr int Consumers = 128, Threads = 384;
@@ -37,7 +37,7 @@ struct MlaFp8Shared {
   float* up;                  // [Rows]: 2^(e - 8)
   float* rescale;             // [2, Rows], with each set of P^T: what earlier sums are multiplied by; then [2]: whether
   float2* totals;             // [Rows], then sigma
-  float* output;              // [8, StagePitch]: the output on its way
+  float* output;              // [8, StagePitch], or f16 [Rows] in HalfPitch bytes and [2, Rows]: the output on its way
   int* scratch;               // the walker's
   MlaPart* piece;
   int* flag;

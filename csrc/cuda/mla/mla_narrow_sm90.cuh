@@ -20,7 +20,7 @@ struct MlaShape {
   static constexpr int Planes = C / 64, RopePlanes = R / 64, Parts = 2, PartPlanes = Planes / Parts;
   static constexpr int PlaneBytes = T * 128, StageBytes = Planes * PlaneBytes, RopeBytes = RopePlanes * PlaneBytes;
   static constexpr int QPlaneBytes = Rows * 128, PBytes = Rows * 128, QBytes = (Planes + RopePlanes) * QPlaneBytes;
-  static constexpr int StageGroups = NR < 2 ? NR : 2, StagePitch = C + 4;
+  static constexpr int StageGroups = NR < 2 ? NR : 2, StagePitch = C + 4, HalfPitch = 2 * C + 16;
   static constexpr int ConsumerWarps = 4, Consumers = 128, Threads = Consumers + 64;
 
   static_assert(C % 128 == 0 && R % 64 == 0 && R > 0 && (NR == 1 || NR == 2 || NR == 4), "latent and rope sizes");
@@ -33,7 +33,7 @@ struct MlaShared {
   u32 q_full, q_empty;
   float* exchange;                 // [4, Rows]
   float2* totals;                  // [Rows]
-  float* stage;                    // [8 StageGroups, StagePitch]: the output on its way
+  float* stage;                    // [8 StageGroups, StagePitch], or f16 [Rows] in HalfPitch bytes and [2, Rows]: the output on its way
   int* scratch;                    // the walker's
   int* flag;
   MlaPart* piece;                  // what q belongs to; tiles = 0: the end

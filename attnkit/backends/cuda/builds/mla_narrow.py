@@ -13,6 +13,11 @@ MAX_ROWS = 32
 FP8_ROW = 656  # bytes of a token in an fp8 cache
 
 
+def _output_bytes(rows: int, at_once: int, C: int) -> int:
+    """Room for the output on its way: ``at_once`` rows as float32, or all as f16 and two numbers of each."""
+    return max(at_once * (C + 4) * 4, rows * (2 * C + 16 + 8))
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """One build of csrc/cuda/mla/mla_narrow_sm90.cu; mirrors MlaShape."""
@@ -36,8 +41,8 @@ class Build:
 
     @property
     def _fixed_bytes(self) -> int:
-        q, weights, output = self.rows * 2 * (self.C + self.R), 2 * self.rows * 128, min(self.rows, 16) * (self.C + 4) * 4
-        return q + weights + output + 1280
+        q, weights = self.rows * 2 * (self.C + self.R), 2 * self.rows * 128
+        return q + weights + _output_bytes(self.rows, min(self.rows, 16), self.C) + 1280
 
     @property
     def shared_bytes(self) -> int:
@@ -71,7 +76,7 @@ class Fp8Build:
     @property
     def _fixed_bytes(self) -> int:
         q, q_rope, weights = 4 * 2 * self.rows * 128, self.rows * 128, 2 * 4 * self.rows * 128
-        return q + q_rope + weights + 8 * (512 + 4) * 4 + 1664
+        return q + q_rope + weights + _output_bytes(self.rows, 8, 512) + 1664
 
     @property
     def stages(self) -> int:
