@@ -84,6 +84,7 @@ class Replay:
 
     def __init__(self, calls: Sequence[Call], device: torch.device, launches: int | None = None) -> None:
         self.device = device
+        self.calls = tuple(calls)  # what they hold must live as long as the graph, which knows addresses only
         self.stream = torch.cuda.Stream(device)
         torch.cuda.synchronize(device)  # the inputs may still be on their way on another stream
         with torch.cuda.device(device), torch.cuda.stream(self.stream):
@@ -145,8 +146,9 @@ class Replay:
         return _timing([a.elapsed_time(b) * 1e3 / self.launches for a, b in pairs], self.launches, "graph")
 
     def close(self) -> None:
-        """Give the graph's memory back."""
+        """Give the graph's memory back, and the calls'."""
         self.graph.reset()
+        self.calls = ()
 
 
 def _after_failed_capture(device: torch.device) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import time
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -165,6 +167,20 @@ def test_empty_inputs_plan_like_full_ones():
 
 
 # ---------------------------------------------------------------- CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_replay_keeps_what_its_calls_hold():
+    x = torch.ones(8, device="cuda")
+    held = weakref.ref(x)
+    replay = timing.Replay([lambda x=x: x.add_(1)], torch.device("cuda"))
+    del x
+    gc.collect()
+    assert held() is not None, "the graph would read memory that is another's by now"
+    replay.close()
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.gpu
