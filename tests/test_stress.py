@@ -23,6 +23,8 @@ CASES: list[Case] = [
     Decode(B=6, L=UNEVEN, Hq=32, Hkv=1, label="decode-32-rows"),
     Decode(B=6, L=UNEVEN, Hq=32, Hkv=8, kv="fp8", label="decode-fp8"),
     Decode(B=48, L=UNEVEN * 8, Hq=32, Hkv=8, kv="fp8", label="decode-fp8-by-twos"),
+    Decode(B=2, L=(2000, 700), Hq=12, Hkv=2, label="decode-cluster"),
+    Decode(B=48, L=UNEVEN * 8, Hq=32, Hkv=8, label="decode-charged"),
     Prefill(B=6, L=UNEVEN, Hq=8, Hkv=2, label="prefill"),
     Prefill(B=2, n=64, L=(9000, 4100), Hq=8, Hkv=1, label="prefill-chunk"),
     Prefill(B=6, L=UNEVEN, Hq=8, Hkv=2, kv="fp8", label="prefill-fp8"),
