@@ -137,7 +137,8 @@ def _sampling() -> list[Case]:
     others = [
         Sample(B=128, V=151936, top_k=50, top_p=0.9, min_p=0.05),
         Sample(B=256, V=151936, top_p=0.9),
-        *(Sample(B=128, V=131072, top_p=p) for p in (0.5, 0.9, 0.99)),
+        *(Sample(B=128, V=131072, top_p=p) for p in (0.1, 0.5, 0.9, 0.99)),
+        *(Sample(B=128, V=131072, top_p=p, penalties=True) for p in (0.1, 0.9)),
         Sample(B=128, V=131072, min_p=0.05),
         Sample(B=128, V=131072, top_k=50, top_p=0.9, penalties=True),
         Sample(B=128, V=131072, top_k=50, top_p=0.9, dtype="bf16"),
