@@ -88,6 +88,7 @@ def test_250_repeats_and_10000_undrained_launches(case, kernel):
     ("case", "kernel"),
     gpu_pairs(
         [
+            Decode(B=4, L=1024, Hq=8, Hkv=2, label="decode-cluster"),
             Prefill(B=4, n=96, L=1024, Hq=8, Hkv=2),
             Prefill(B=2, n=64, L=8192, Hq=8, Hkv=1),
             MlaDecode(B=4, L=2048, H=16),
@@ -96,7 +97,7 @@ def test_250_repeats_and_10000_undrained_launches(case, kernel):
     ),
 )
 def test_a_captured_graph_replays_over_100_sets_of_lens(case, kernel):
-    """Lengths (and for prefill the queries' bounds) change under a captured graph; decode's is in test_faults.py."""
+    """Lengths (and for prefill the queries' bounds) change under a captured graph; decode's, but for clusters, is in test_faults.py."""
     x = case.build(torch.device("cuda"))
     run = case.call(x, kernel)
     right(case, x, run)
