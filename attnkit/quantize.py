@@ -50,7 +50,7 @@ def quantize_per_token(
         raise ValueError(f"{QUANTIZE}: x's shape is {list(x.shape)}, wanted [M, K]")
     if out is None:
         out = x.new_empty(x.shape, dtype=dtype)
-    scale = x.new_empty(x.shape[0], dtype=torch.float32) if out_scale is None else out_scale
+    scale = _scales(x, out_scale)
     if config is None and registry.traced(x):
         _quantize_op(x, out, scale, impl)
     else:
@@ -94,7 +94,7 @@ def rms_norm_quantize(
         raise ValueError(f"{RMS_NORM}: eps is {eps!r}, wanted a finite number of at least 0")
     if out is None:
         out = x.new_empty(x.shape, dtype=dtype)
-    scale = x.new_empty(x.shape[0], dtype=torch.float32) if out_scale is None else out_scale
+    scale = _scales(x, out_scale)
     arguments = (x, weight, residual, out, scale, float(eps), impl)
     if config is None and registry.traced(x):
         _rms_norm_op(*arguments)
@@ -124,7 +124,7 @@ def silu_mul_quantize(
         raise ValueError(f"{SILU_MUL}: x's shape is {list(x.shape)}, wanted [M, 2 K]")
     if out is None:
         out = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=dtype)
-    scale = x.new_empty(x.shape[0], dtype=torch.float32) if out_scale is None else out_scale
+    scale = _scales(x, out_scale)
     if config is None and registry.traced(x):
         _silu_mul_op(x, out, scale, impl)
     else:
@@ -133,6 +133,10 @@ def silu_mul_quantize(
 
 
 # ---------------------------------------------------------------- from a call to a plan
+
+
+def _scales(x: Tensor, given: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.float32) if given is None else given
 
 
 def _run_quantize(x, out, scale, impl, config=None) -> None:

@@ -154,11 +154,24 @@ ATTNKIT_DEVICE void registers_lower() {
 
 // ---- global memory ----
 
-// Adds one and returns the old value; what this thread saw before is published, what others published is seen.
-ATTNKIT_DEVICE int count_arrival(int* counter) {
+// Adds to a counter and returns what it held; what this thread saw before is published, what others published is seen.
+ATTNKIT_DEVICE int add_release(int* counter, int n) {
   int old;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(old) : "l"(counter) : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
   return old;
+}
+
+// For counting only: publishes nothing.
+ATTNKIT_DEVICE int add_relaxed(int* counter, int n) {
+  int old;
+  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
+  return old;
+}
+
+ATTNKIT_DEVICE int read_acquire(const int* counter) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
 }
 
 ATTNKIT_DEVICE float4 load_l2(const float4* p) {
@@ -180,6 +193,32 @@ ATTNKIT_DEVICE int load_l2(const int* p) {
 }
 
 ATTNKIT_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// ---- shared memory, by its address ----
+
+template <class T>
+ATTNKIT_DEVICE T load_shared(u32 from);
+
+template <>
+ATTNKIT_DEVICE uint4 load_shared<uint4>(u32 from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+
+template <>
+ATTNKIT_DEVICE float4 load_shared<float4>(u32 from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+  return v;
+}
+
+template <>
+ATTNKIT_DEVICE float2 load_shared<float2>(u32 from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
 
 // ---- cp.async: 16 bytes a thread, past L1; zeros instead where ``valid`` is false ----
 

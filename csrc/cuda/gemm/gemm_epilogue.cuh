@@ -17,12 +17,6 @@ ATTNKIT_DEVICE void store_matrix_x2(u32 to, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 
-ATTNKIT_DEVICE uint4 load_shared_16(u32 from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
-  return v;
-}
-
 // A value the compiler knows nothing about: what is computed from it stays behind this point, and takes no register before.
 ATTNKIT_DEVICE u32 opaque(u32 x) {
   asm volatile("" : "+r"(x)::"memory");
@@ -123,7 +117,7 @@ struct GemmRows {
       if (first + unit >= Groups) continue;
       uint4 units[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) units[i] = load_shared_16(staging + (r + 4 * i) * 128 + ((unit ^ ((r + 4 * i) & 7)) << 4));
+      for (int i = 0; i < 4; ++i) units[i] = load_shared<uint4>(staging + (r + 4 * i) * 128 + ((unit ^ ((r + 4 * i) & 7)) << 4));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (row + r + 4 * i < out.M) *reinterpret_cast<uint4*>(line + 4 * i * out.stride + 16 * first) = units[i];

@@ -310,7 +310,7 @@ struct SkinnyConsumer {
       }
 #pragma unroll
       for (int j = 0; j < Half; ++j) {
-        const uint4 v = load_shared_16(at + (k - (k > work.rank)) * (Half * 512) + j * 512);
+        const uint4 v = load_shared<uint4>(at + (k - (k > work.rank)) * (Half * 512) + j * 512);
         total[4 * j] += of_bits(v.x, Sum()), total[4 * j + 1] += of_bits(v.y, Sum());
         total[4 * j + 2] += of_bits(v.z, Sum()), total[4 * j + 3] += of_bits(v.w, Sum());
       }

@@ -428,7 +428,7 @@ struct GemmConsumer {
 #pragma unroll
     for (int j = 0; j < Share; ++j) {
 #pragma unroll
-      for (int from = 0; from < Splits; ++from) add(total + 4 * j, load_shared_16(at + (from * Share + j) * Slot), from > 0);
+      for (int from = 0; from < Splits; ++from) add(total + 4 * j, load_shared<uint4>(at + (from * Share + j) * Slot), from > 0);
     }
     const int skip = walk.k() * Share * 8;
     rows.scales += skip * 8;

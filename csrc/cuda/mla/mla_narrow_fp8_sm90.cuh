@@ -103,12 +103,6 @@ ATTNKIT_DEVICE void store_shared_8(u32 to, const u32 (&x)[2]) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x[0]), "r"(x[1]) : "memory");
 }
 
-ATTNKIT_DEVICE float4 load_shared_16(u32 from) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from) : "memory");
-  return x;
-}
-
 template <class Shape>
 struct MlaFp8Weigher {
   static constexpr int NR = Shape::NR, T = Shape::T, Blocks = Shape::Blocks;
@@ -205,7 +199,7 @@ struct MlaFp8Weigher {
     const u32 at = tile + (rows.warp * 16 + (rows.lane & 15)) * Shape::TokenBytes + (rows.lane >> 4) * 16;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float4 x = load_shared_16(tile + (rows.warp * 16 + rows.lane / 4 + j * 8) * Shape::TokenBytes + Shape::ScaleAt);
+      const float4 x = load_shared<float4>(tile + (rows.warp * 16 + rows.lane / 4 + j * 8) * Shape::TokenBytes + Shape::ScaleAt);
       scales[j][0] = x.x, scales[j][1] = x.y, scales[j][2] = x.z, scales[j][3] = x.w;
     }
     u32 a[Buffers][4][4];

@@ -7,30 +7,11 @@
 
 namespace attnkit {
 
-ATTNKIT_DEVICE int mla_add_release(int* counter, int n) {
-  int old;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
-  return old;
-}
-
-// For counting only: publishes nothing.
-ATTNKIT_DEVICE int mla_add_relaxed(int* counter, int n) {
-  int old;
-  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
-  return old;
-}
-
-ATTNKIT_DEVICE int mla_read_acquire(const int* counter) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-}
-
 // True in the CTA that is the last of ``count`` to arrive; the counter is zero again after that.
 ATTNKIT_DEVICE bool mla_arrives_last(int* counter, int count, int* flag) {
   named_barrier(1, 128);  // the partial is written, and the flag's last reader is done
   if (threadIdx.x == 0) {
-    const bool last = mla_add_release(counter, 1) == count - 1;
+    const bool last = add_release(counter, 1) == count - 1;
     if (last) *counter = 0;
     *flag = last;
   }
@@ -357,14 +338,14 @@ struct MlaSharing {
 
   // Thread 0: this piece is in the workspace; what is left to do.
   ATTNKIT_DEVICE int arrive() const {
-    const int old = mla_add_release(counter(), kCame), mine = piece.index < piece.waiting;
+    const int old = add_release(counter(), kCame), mine = piece.index < piece.waiting;
     if ((old & kMask) == piece.count - 1) return old & kMask << 10 ? kLastOfSome : mine ? kAdds : kLeaves;
     if (!mine) return kLeaves;
     for (int i = 0; i < p.late; ++i) {  // how patient, here
-      if ((mla_read_acquire(counter()) & kMask) == piece.count) return kAdds;
+      if ((read_acquire(counter()) & kMask) == piece.count) return kAdds;
     }
     *gave_up(piece.index) = 1;
-    if ((mla_add_release(counter(), kGaveUp) & kMask) != piece.count) return kLeaves;
+    if ((add_release(counter(), kGaveUp) & kMask) != piece.count) return kLeaves;
     *gave_up(piece.index) = 0;  // the last came just now, and did not see it
     return kAdds;
   }
@@ -388,7 +369,7 @@ struct MlaSharing {
       if (threadIdx.x == 0) *gave_up(i) = 0;
     }
     named_barrier(1, 128);
-    if (threadIdx.x == 0 && mla_add_relaxed(counter(), kLeft) >> 20 == piece.count - 1) *counter() = 0;
+    if (threadIdx.x == 0 && add_relaxed(counter(), kLeft) >> 20 == piece.count - 1) *counter() = 0;
   }
 };
 

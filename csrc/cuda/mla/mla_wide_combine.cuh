@@ -14,25 +14,6 @@
 
 namespace attnkit {
 
-ATTNKIT_DEVICE int add_release(int* counter, int n) {
-  int old;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
-  return old;
-}
-
-// For counting only: publishes nothing.
-ATTNKIT_DEVICE int add_relaxed(int* counter, int n) {
-  int old;
-  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(n) : "memory");
-  return old;
-}
-
-ATTNKIT_DEVICE int read_acquire(const int* counter) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-}
-
 // Where one warpgroup's sums of a piece lie. A workspace has some hundred slots of 4096 float4 and 64 float2, a cell's
 // two ``cells`` apart: a group publishes at most one piece that ends a sequence (the second) and one that does not. A unit
 // is a float4 of one thread of the accumulators. Handed on, sums stay as they are: chunk c of thread t has columns

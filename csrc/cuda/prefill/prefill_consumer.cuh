@@ -307,7 +307,7 @@ struct PrefillConsumer : PrefillProducts<Shape, Rows<Shape::Widened, Shape::D ==
       for (int i = 0; i < Columns / 32; ++i) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const uint4 x = load_shared_16(from[r] ^ (i * 64));
+          const uint4 x = load_shared<uint4>(from[r] ^ (i * 64));
           if (at.token[r] >= 0 && first + i * 32 + column < p.Dv) *reinterpret_cast<uint4*>(rows_out[r] + (first + i * 32) * 2) = x;
         }
       }

@@ -166,7 +166,7 @@ struct PrefillProducts {
     int* counter = p.counters + 2 + mine(0);
     named_barrier(6 + group, 128);
     if (lane == 0) {
-      const bool last = count_arrival(counter) == t.pieces - 1;
+      const bool last = add_release(counter, 1) == t.pieces - 1;
       if (last) *counter = 0;
       s.last[group] = last;
     }

@@ -188,7 +188,7 @@ struct PrefillConverter {
       for (int first = 0; first < Units; first += Batch) {
         uint4 x[Batch];
 #pragma unroll
-        for (int i = 0; i < Batch; ++i) x[i] = load_shared_16(from + raw_at<Columns>(first + i));
+        for (int i = 0; i < Batch; ++i) x[i] = load_shared<uint4>(from + raw_at<Columns>(first + i));
 #pragma unroll
         for (int i = 0; i < Batch; ++i) {
           const int unit = 2 * (first + i), column = unit / 8 * (Shape::BN * 128);
@@ -223,7 +223,7 @@ struct PrefillConverter {
         mbarrier_wait(s.raw_full + 8 * at.stage, at.parity);
 #pragma unroll
         for (int unit = 0; unit < 8; ++unit) {
-          const uint4 x = load_shared_16(s.ring + at.stage * Shape::RawBytes + wide_at(unit));
+          const uint4 x = load_shared<uint4>(s.ring + at.stage * Shape::RawBytes + wide_at(unit));
           most = larger(larger(most, larger(x.x, x.y)), larger(x.z, x.w));
         }
       }
@@ -246,7 +246,7 @@ struct PrefillConverter {
       mbarrier_wait(s.raw_full + 8 * raw.stage, raw.parity);
 #pragma unroll
       for (int unit = 0; unit < 8; ++unit) {
-        const uint4 x = load_shared_16(from + wide_at(unit));
+        const uint4 x = load_shared<uint4>(from + wide_at(unit));
         const u32 y[4] = {scaled(x.x, down), scaled(x.y, down), scaled(x.z, down), scaled(x.w, down)};
         store_shared_16(to + wide_at(unit), y[0] ^ flip, y[1] ^ flip, y[2] ^ flip, y[3] ^ flip);
       }

@@ -251,7 +251,7 @@ struct WorkLine {
   // The last CTA to leave makes the counters zero for the next launch.
   ATTNKIT_DEVICE void leave() const {
     if (threadIdx.x % 32 != 0) return;
-    if (count_arrival(p.counters + 1) == static_cast<int>(gridDim.x) - 1) {
+    if (add_release(p.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) {
       p.counters[0] = 0;
       p.counters[1] = 0;
       __threadfence();

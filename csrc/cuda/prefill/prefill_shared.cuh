@@ -69,10 +69,4 @@ struct PrefillShared {
   }
 };
 
-ATTNKIT_DEVICE uint4 load_shared_16(u32 from) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-  return x;
-}
-
 }  // namespace attnkit

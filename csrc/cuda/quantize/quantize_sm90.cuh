@@ -63,11 +63,12 @@ struct Chunk {
     for (int i = 0; i < kWords; i += 4) load_16<From>(p + i * 4, word + i);
   }
 
-  ATTNKIT_DEVICE void load_shared(u32 from) {
+  ATTNKIT_DEVICE void load_staged(u32 from) {
 #pragma unroll
-    for (int i = 0; i < kWords; i += 4)
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(word[i]), "=r"(word[i + 1]), "=r"(word[i + 2]), "=r"(word[i + 3]) : "r"(from + i * 4) : "memory");
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 x = load_shared<uint4>(from + i * 4);
+      word[i] = x.x, word[i + 1] = x.y, word[i + 2] = x.z, word[i + 3] = x.w;
+    }
   }
 
   ATTNKIT_DEVICE void store(char* p, bool passing) const {
@@ -400,10 +401,10 @@ struct Ring {
 
   ATTNKIT_DEVICE void read(const Row<FormOf, Type>& row, Chunk<Type>& a, Chunk<Type>& b, int slot, int c) const {
     const u32 at = data + slot * slot_bytes + (c * blockDim.x + threadIdx.x) * Chunk<Type>::kBytes;
-    a.load_shared(at);
-    if constexpr (FormOf == kSiluMul) b.load_shared(at + row_bytes / 2);
+    a.load_staged(at);
+    if constexpr (FormOf == kSiluMul) b.load_staged(at + row_bytes / 2);
     if constexpr (FormOf == kRmsNorm)
-      if (row.residual) b.load_shared(at + row_bytes);
+      if (row.residual) b.load_staged(at + row_bytes);
   }
 };
 
