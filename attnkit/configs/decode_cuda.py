@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class CudaConfig:
     ahead        tiles that a CTA asks of L2 while the grid before it still runs
     stages       tiles under way in a CTA, at most; 0: as many as fit
     cluster      CTAs that have a head and meet in shared memory, whatever grid and min_tiles say; 1: heads are cut anywhere
+    share        where a head's pieces meet, the last CTAs to come each add up so many units of four columns at least; 0: one
+                 CTA adds up all, or many pieces meet in groups first
     """
 
     ctas_per_sm: int
@@ -34,20 +36,22 @@ class CudaConfig:
     ahead: int = 1
     stages: int = 0
     cluster: int = 1
+    share: int = 0
 
 
 def build_of(sig: Any, config: CudaConfig) -> Build:
-    return _build(sig, config.ctas_per_sm, config.cluster)
+    return _build(sig, config.ctas_per_sm, config.cluster, config.share)
 
 
-def _build(sig: Any, ctas_per_sm: int, cluster: int = 1) -> Build:
+def _build(sig: Any, ctas_per_sm: int, cluster: int = 1, share: int = 0) -> Build:
     if sig.batch_invariant and sig.G * sig.Q > 16:
         ctas_per_sm = 2  # the two builds for so many rows give keys to warps differently, which shows in the last bits
     cluster = cluster if _by_cluster(sig) else 1
     # Large batches of usual shapes: elsewhere it is not worth another build.
     charge = sig.B > 32 and ctas_per_sm == 2 and cluster == 1 and _usual(sig) and not sig.batch_invariant
     heads = 2 if _by_twos(sig) else 1
-    return build_for(sig.D, sig.Dv, KV_TYPE[sig.kv_dtype], sig.G * sig.Q, sig.G, ctas_per_sm, heads, cluster, charge)
+    by_share = share > 0 and cluster == 1 and _usual(sig) and not charge and not sig.batch_invariant
+    return build_for(sig.D, sig.Dv, KV_TYPE[sig.kv_dtype], sig.G * sig.Q, sig.G, ctas_per_sm, heads, cluster, charge, by_share)
 
 
 def _usual(sig: Any) -> bool:
@@ -94,7 +98,26 @@ def _cluster(sig: Any, arch: Arch, of_head: int) -> CudaConfig | None:
     return next((config for most, config in ways if of_head <= most), None)
 
 
+def _pieces(config: CudaConfig, arch: Arch, heads: int, tiles: int) -> int:
+    """Pieces that a head comes in, all of one length."""
+    return min(arch.sms * config.ctas_per_sm * config.grid // 100, tiles // config.min_tiles) // heads
+
+
 def default(sig: Any, arch: Arch) -> CudaConfig:
+    """The config whose heads' pieces one CTA adds up; where they are so many that they would meet in groups, several do."""
+    config = _default(sig, arch)
+    rows, heads = sig.G * sig.Q, sig.B * sig.Hkv
+    if not _usual(sig) or sig.batch_invariant or config.cluster > 1 or not (rows <= 8 or 16 < rows <= 32):
+        return config
+    tiles = heads * -(-sig.W * sig.S // build_of(sig, config).tile)
+    if _pieces(config, arch, heads, tiles) <= (8 if rows > 16 else 32):
+        return config
+    # CTAs that add up end later and the others sooner than they would: the next grid comes a tile sooner, before they do.
+    late = config.late + 1 if config.late >= 3 else config.late
+    return replace(config, share=4 if rows <= 8 and heads <= 2 else 8, late=late)
+
+
+def _default(sig: Any, arch: Arch) -> CudaConfig:
     """Two rings a multiprocessor keep the memory busier, with two tiles each: more under way make it slower again by 2 to 4%.
     Where that cuts heads which one ring would leave whole, where pieces are large and many of them meet, and where all is over
     in a few tiles, half the CTAs do better. Then half of each multiprocessor is free for the next launch's beginning, which in
@@ -134,6 +157,9 @@ def candidates(sig: Any, arch: Arch) -> list[CudaConfig]:
     if _by_cluster(sig) and sig.B * sig.Hkv <= arch.sms:
         configs = [config for _, *ways in CLUSTERS for _, config in ways]
         found += [config for config in configs if sig.B * sig.Hkv * config.cluster <= 2 * arch.sms]
+    shared = [CudaConfig(2, 100, 1, ahead=3, stages=2, share=n) for n in (4, 8)]
+    shared += [CudaConfig(1, 100, 1, ahead=2, stages=3, share=8), CudaConfig(2, 50, 1, late=3, ahead=3, share=4)]
+    found += [config for config in shared if build_of(sig, config).share]
     return list(dict.fromkeys([default(sig, arch), *found]))
 
 
@@ -151,5 +177,6 @@ CUDA = Space(
         "csrc/cuda/decode/decode_schedule.cuh",
         "csrc/cuda/decode/decode_combine.cuh",
         "csrc/cuda/decode/decode_cluster.cuh",
+        "csrc/cuda/decode/decode_share.cuh",
     ),
 )

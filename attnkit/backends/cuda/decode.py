@@ -52,6 +52,10 @@ CHUNK_KEYS = 512
 MANY_HEADS = 8
 CHUNKS = 64
 
+#: How often a CTA that shares the adding up of a head looks whether all its pieces have come (some 0.7 us each) before it
+#: leaves its share to the last of them.
+PATIENCE = 200
+
 
 def _least_tiles_of_chunk(sig: AttentionSig, build: Build) -> int:
     return max(1, CHUNK_KEYS * (2 if sig.Hkv >= MANY_HEADS else 1) // build.tile)
@@ -148,7 +152,9 @@ def prepare(plan: Any) -> None:
         "window": sig.window, "block_rows": block_rows, "row_blocks": row_blocks, "g_magic": -(-(1 << 20) // G),
         "slots": slots, "stages": stages, "ahead": config.ahead, "late": config.late or -1,
         "least_tiles": config.min_tiles,
-        "invariant": int(sig.batch_invariant), "chunk_least": _least_tiles_of_chunk(sig, build), "chunk_most": CHUNKS,
+        "invariant": int(sig.batch_invariant),
+        "chunk_least": config.share if build.share else _least_tiles_of_chunk(sig, build),
+        "chunk_most": PATIENCE if build.share else CHUNKS,
         "io_bf16": int(sig.q_dtype == torch.bfloat16), "sink_type": SINK_TYPE[sig.sinks] if sig.sinks else 0,
         "scale": sig.scale, "out_scale": sig.out_scale, "softcap": sig.softcap,
         "softcap_inverse": 1 / sig.softcap if sig.softcap else 0.0,

@@ -51,8 +51,8 @@ struct ClusterMeeting {
 #pragma unroll
       for (int k = 0; k < Shape::Cluster; ++k) {
         const int from = min(k, piece.count - 1);
-        weight[k] = load_shared_2(weights(from) + row * 16);
-        part[k] = load_shared_4(values(from) + (row * Own + unit * 4) * 4);
+        weight[k] = load_shared<float2>(weights(from) + row * 16);
+        part[k] = load_shared<float4>(values(from) + (row * Own + unit * 4) * 4);
         if (k >= piece.count) weight[k] = make_float2(negative_infinity(), 0.f);
         most = fmaxf(most, weight[k].x);
       }
@@ -69,18 +69,6 @@ struct ClusterMeeting {
       const float by = output.finish(row, most, sum, rank == 0 && unit == 0);
       output.write(output.place(row) + (rank * Own + unit * 4) * 2, total, by);
     }
-  }
-
-  ATTNKIT_DEVICE static float2 load_shared_2(u32 from) {
-    float2 v;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
-    return v;
-  }
-
-  ATTNKIT_DEVICE static float4 load_shared_4(u32 from) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
-    return v;
   }
 };
 

@@ -5,13 +5,6 @@
 
 namespace attnkit {
 
-// Adds to a counter and returns what it held; what this thread saw before is published, what others published is seen.
-ATTNKIT_DEVICE int count_arrival(int* counter, int by) {
-  int old;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(by) : "memory");
-  return old;
-}
-
 ATTNKIT_DEVICE void uncount_arrivals(int* counter, int by) {
   asm volatile("red.add.relaxed.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(-by) : "memory");
 }
@@ -215,7 +208,7 @@ ATTNKIT_DEVICE bool arrives_last(int* counter, int count, int* flag) {
   if constexpr (Shape::Wide) {
     named_barrier(1, Shape::Consumers);  // the partial is written, and the flag's last reader is done
     if (threadIdx.x == 0) {
-      const bool last = count_arrival(counter, 1) == count - 1;
+      const bool last = add_release(counter, 1) == count - 1;
       if (last) *counter = 0;
       *flag = last;
     }
@@ -226,7 +219,7 @@ ATTNKIT_DEVICE bool arrives_last(int* counter, int count, int* flag) {
     int before = 0;
     __syncwarp();
     if ((threadIdx.x & 31) == 0) {
-      before = count_arrival(counter + warp / 4, 1 << shift);
+      before = add_release(counter + warp / 4, 1 << shift);
       if ((before >> shift & 255) == count - 1) uncount_arrivals(counter + warp / 4, count << shift);
     }
     before = __shfl_sync(~0u, before, 0);

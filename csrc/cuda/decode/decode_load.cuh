@@ -4,6 +4,12 @@
 
 namespace attnkit {
 
+// A piece of a head that several CTAs add up: how many those are, what the head's counter holds once all pieces have come, which
+// share is this CTA's (-1: none), and whether it takes over what others have left.
+struct ShareTask : Piece {
+  int waiting, wanted, share, takes_over;
+};
+
 struct DecodeShared {
   u32 ring, q;                    // shared-space addresses: [stages, StageBytes], [QSlots, QBytes]
   u32 full, empty, q_full, q_empty;  // barriers: [stages], [stages], [2], [2]
@@ -12,7 +18,13 @@ struct DecodeShared {
   int* scratch;                   // the walker's, then a flag
   volatile int* ended;            // whether the previous grid has
   Piece* pieces;                  // [2]: what the q of the same slot belongs to
+  ShareTask* tasks;               // [2], with shared adding-up: this CTA's first piece, where it goes on after that, and its last
+  int* is_last;                   // [2]: whether the piece of the same slot is
+  u32 cleared, told;              // barriers: places in the workspace are cleared, tasks are settled
 };
+
+template <class Shape>
+struct ShareGate;
 
 // Boxes of the cache: into shared memory, or into L2 and no further.
 ATTNKIT_DEVICE void load_box(u32 to, const TensorMap& map, u32 barrier, int head, int slot, int page, int plane, u64 policy) {
@@ -44,6 +56,7 @@ struct DecodeProducer {
   int lane, box_shift, boxes;  // slots in a box: 2^box_shift; boxes of one plane of a tile
   u64 policy;
   Piece piece;
+  bool is_last;                // of the CTA's pieces
 
   ATTNKIT_DEVICE DecodeProducer(const DecodeParams& params, const DecodeShared& s, int warp)
       : p(params), shared(s), keys(warp % 2 == 0), q(warp == 1), part(warp / 2) {
@@ -84,6 +97,7 @@ struct DecodeProducer {
     copy_async_arrive(shared.q_full + 8 * slot);
     if (lane == 0) {
       shared.pieces[slot] = piece;
+      if constexpr (Shape::Share) shared.is_last[slot] = is_last;
       mbarrier_arrive(shared.q_full + 8 * slot);  // publishes the piece, which the arrival above does not
     }
   }
@@ -146,6 +160,32 @@ struct DecodeProducer {
     }
   }
 
+  // Pieces wait after which their CTAs have no other, all but perhaps the head's last: the last ones of them to come, as many as
+  // have enough to add up.
+  ATTNKIT_DEVICE void set_task(int i, const Walker<T, Shape::Cluster, Shape::Charge>& walker) const {
+    ShareTask& task = shared.tasks[i];
+    static_cast<Piece&>(task) = piece;
+    const int end = walker.start + (piece.h * p.row_blocks + piece.block + 1) * walker.tiles;
+    const bool goes_on = walker.cut(walker.cta - piece.index + piece.count) != end;
+    const int units = min(p.block_rows, p.Q * p.G - piece.block * p.block_rows) * (Shape::DV / 4);
+    task.waiting = min(piece.count - goes_on, (units + p.chunk_least - 1) / p.chunk_least);
+    task.wanted = piece.count - goes_on + (goes_on << 10);
+    task.share = -1;
+    task.takes_over = 0;
+  }
+
+  // Who that is, is settled by one thread of a CTA, once it has asked for all tiles.
+  ATTNKIT_DEVICE bool settles() const { return keys && part == 0 && lane == 0; }
+
+  ATTNKIT_DEVICE void settle(int pieces) const {
+    const ShareGate<Shape> gate{p};
+    mbarrier_wait(shared.cleared, 0);
+    if (pieces > 1 && shared.tasks[0].count > 1) gate.pass(shared.tasks[0]);
+    const bool leaves = shared.tasks[1].count > 1 && gate.come(shared.tasks[1]);
+    mbarrier_arrive(shared.told);
+    if (leaves) gate.leave(shared.tasks[1]);
+  }
+
   // Before the previous grid has ended nothing it may write can be trusted, but what seems to be this CTA's first
   // tiles can be asked for: they come closer, and are read, like lens and table, after the wait.
   ATTNKIT_DEVICE void run(Walker<T, Shape::Cluster, Shape::Charge>& walker) {
@@ -173,6 +213,10 @@ struct DecodeProducer {
       if (Shape::Cluster > 1 && !more) launch_dependents();  // this CTA has nothing to ask for
       if (!more) break;
       int page = page_of(pages, piece.tile, false);
+      if constexpr (Shape::Share) {
+        is_last = walker.position == walker.end;
+        if (settles() && (pieces == 0 || is_last)) set_task(is_last, walker);
+      }
       if (!Shape::Wide && q) load_q(pieces);  // while the page is on its way
 #pragma unroll 1
       for (int tile = piece.tile; tile < piece.tile + piece.tiles; ++tile) {
@@ -188,6 +232,9 @@ struct DecodeProducer {
         }
       }
       ++pieces;
+    }
+    if constexpr (Shape::Share) {
+      if (settles() && pieces > 0) settle(pieces);
     }
     if (q) {
       const int slot = pieces % Shape::QSlots;
@@ -229,6 +276,12 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
   shared.pieces = reinterpret_cast<Piece*>(after + 384);
   shared.ended = shared.scratch + 15;
   shared.meet = after + 512;
+  if constexpr (Shape::Share) {
+    shared.tasks = reinterpret_cast<ShareTask*>(after + 512 + Shape::WT * Shape::Rows * 8);
+    shared.is_last = reinterpret_cast<int*>(after + 472);
+    shared.cleared = shared.q_empty + 8 * 2;
+    shared.told = shared.cleared + 8;
+  }
   if constexpr (Shape::Cluster > 1) {
     shared.inbox = smem_address(after) + 512 + Shape::WT * Shape::Rows * 8;
     shared.inbox_full = shared.q_empty + 8 * 2;
@@ -247,6 +300,13 @@ ATTNKIT_DEVICE void decode(const DecodeParams& p) {
     tma_prefetch_map(&p.v_map);
     if (Shape::Wide) tma_prefetch_map(&p.q_map);
     *shared.ended = 0;
+    if constexpr (Shape::Share) {
+      shared.tasks[0].share = -1;
+      shared.tasks[0].takes_over = 0;
+      mbarrier_init(shared.cleared, Shape::ConsumerWarps);
+      mbarrier_init(shared.told, 1);
+      mbarrier_init_fence();
+    }
     if constexpr (Shape::Cluster > 1) {
       mbarrier_init(shared.inbox_full, 1);
       mbarrier_init_fence();

@@ -4,25 +4,27 @@
 // by TMA, a box a page (any page size and stride). Consumer warps each own 16 keys of every tile and all rows: S^T = K q^T
 // with the keys on the M side of mma.sync and the G * Q rows on its N side, so rows are padded to a multiple of 8 only;
 // then O^T = V^T P^T. Warps keep their own running maximum and meet once a piece. Pieces of one head that lie in
-// several CTAs meet in a workspace; who arrives last adds them up in a fixed order. Where a cluster of CTAs has a head, they
-// meet in their shared memory instead.
+// several CTAs meet in a workspace; who arrives last adds them up in a fixed order, or where they are many, the last to arrive
+// together. Where a cluster of CTAs has a head, they meet in their shared memory instead.
 #pragma once
 #include "../common/convert.cuh"
 #include "decode_cluster.cuh"
 #include "decode_combine.cuh"
 #include "decode_load.cuh"
+#include "decode_share.cuh"
 
 namespace attnkit {
 
 // Shape of one build. Rows of a block: 8 * NR * WR. Consumer warps: WR row groups x WT key groups, each
 // warp with MT x 16 keys of a tile and NR x 8 rows. With Heads = 2 a tile holds two KV heads, slot by slot, so that
 // memory is read 256 bytes at a time where a head's row has 128; each of the two row groups has one of them.
-// Cluster: CTAs that have a head together. Charge: work is divided with what a short head costs besides its tiles.
-template <int D_, int DV_, int KvType_, int NR_, int WR_, int WT_, int MT_, int CtasPerSm_, int Heads_, int Cluster_, bool Charge_>
+// Cluster: CTAs that have a head together. Charge: work is divided with what a short head costs besides its tiles. Share: several
+// CTAs add up the pieces of a head.
+template <int D_, int DV_, int KvType_, int NR_, int WR_, int WT_, int MT_, int CtasPerSm_, int Heads_, int Cluster_, bool Charge_, bool Share_>
 struct DecodeShape {
   static constexpr int D = D_, DV = DV_, KvType = KvType_, NR = NR_, WR = WR_, WT = WT_, MT = MT_;
   static constexpr int CtasPerSm = CtasPerSm_, Heads = Heads_, Cluster = Cluster_;
-  static constexpr bool Charge = Charge_;
+  static constexpr bool Charge = Charge_, Share = Share_;
   static constexpr bool Bytes = KvType == kE4m3 || KvType == kInt8;  // computed in f16
   static constexpr bool Bf16 = KvType == kBf16, Wide = false;
   static constexpr int QSlots = 2;
@@ -54,7 +56,7 @@ struct DecodeShape {
   // CTAs of a cluster that add up columns, each its own: a power of two.
   static constexpr int Owners = Cluster >= 16 ? 16 : Cluster >= 8 ? 8 : Cluster >= 4 ? 4 : Cluster >= 2 ? 2 : 1;
   static constexpr int InboxBytes = Cluster == 1 ? 0 : Cluster * Rows * (DV / Owners * 4 + 16);
-  static constexpr int FixedBytes = 512 + 2 * QBytes + WT * Rows * 8 + InboxBytes;  // 512: barriers, the walker's scratch
+  static constexpr int FixedBytes = 512 + 2 * QBytes + WT * Rows * 8 + InboxBytes + Share * 128;  // 512: barriers, the walker's scratch
   static_assert(MeetColumns * WT * Rows * 4 <= StageBytes, "a tile holds a pass of the meeting");
   static_assert(D % 16 == 0 && DV % MeetColumns == 0 && MeetColumns % 16 == 0, "head size");
 
@@ -455,7 +457,12 @@ struct DecodeConsumer {
       return 1.f;
     } else {
       if (piece.count == 1) return output.finish(n, most, total, true);
-      output.weights(piece.slot(piece.index), 0)[n] = make_float2(most, total);
+      float2* to = output.weights(piece.slot(piece.index), 0) + n;
+      if constexpr (Shape::Share) {
+        publish(to, make_float2(most, total));
+      } else {
+        *to = make_float2(most, total);
+      }
       return 1.f;
     }
   }
@@ -503,7 +510,12 @@ struct DecodeConsumer {
         } else if (piece.count == 1) {
           output.write(output.place(n) + (pass * Pitch + column) * 2, total, by);
         } else {
-          reinterpret_cast<float4*>(output.values(piece.slot(piece.index)))[(n * DV + pass * Pitch + column) / 4] = total;
+          float4* to = reinterpret_cast<float4*>(output.values(piece.slot(piece.index))) + (n * DV + pass * Pitch + column) / 4;
+          if constexpr (Shape::Share) {
+            publish(to, total);
+          } else {
+            *to = total;
+          }
         }
       }
     }
@@ -511,7 +523,9 @@ struct DecodeConsumer {
     fence_async_shared();  // before TMA writes there again
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared.empty + 8 * stage);
-    if (piece.count > 1) combine<Shape>(p, piece, output, shared.scratch);
+    if constexpr (!Shape::Share) {
+      if (piece.count > 1) combine<Shape>(p, piece, output, shared.scratch);
+    }
   }
 
   // A CTA of a cluster has one piece at the most; those that have none add up columns too.
@@ -551,9 +565,18 @@ struct DecodeConsumer {
       mbarrier_wait(shared.q_full + 8 * q_slot, pieces >> 1 & 1);
       const Piece& piece = shared.pieces[q_slot];
       const int tiles = piece.tiles;
-      if (tiles == 0) break;
+      if (tiles == 0) {
+        if constexpr (Shape::Share) {
+          if (pieces > 0) share<Shape>(p, shared, shared.tiles + stage * Shape::StageBytes);
+        }
+        break;
+      }
       begin(piece);
-      if (threadIdx.x == 0) prefetch_counters<Shape>(p, piece);
+      if constexpr (Shape::Share) {
+        clear_place<Shape>(p, shared, piece, shared.is_last[q_slot] != 0);
+      } else {
+        if (threadIdx.x == 0) prefetch_counters<Shape>(p, piece);
+      }
       q_rows = shared.q + q_slot * Shape::QBytes;
       load_q();
       int last = 0;

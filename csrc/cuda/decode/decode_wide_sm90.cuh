@@ -15,7 +15,7 @@ struct DecodeWideShape {
   static constexpr int D = D_, DV = DV_, KvType = KvType_, CtasPerSm = CtasPerSm_;
   static constexpr bool Bf16 = KvType == kBf16, Wide = true;
   static constexpr int Heads = 1, Cluster = 1;
-  static constexpr bool Charge = false;
+  static constexpr bool Charge = false, Share = false;
   static constexpr int Rows = 64, T = 64, ElementBytes = 2;
   static constexpr int ConsumerWarps = 4, Consumers = 128, Producers = 2, Threads = Consumers + 32 * Producers;
   static constexpr int RowK = D * 2, RowV = DV * 2, SwizzleK = 128, SwizzleV = 128;

@@ -30,6 +30,7 @@ class Build:
     heads: int = 1  # KV heads that a tile holds
     cluster: int = 1  # CTAs that share a head and meet in shared memory
     charge: int = 0  # 1: work is divided with the cost of beginning and ending a short head counted in
+    share: int = 0  # 1: several CTAs add up the pieces of a head
 
     @property
     def wide(self) -> bool:
@@ -73,7 +74,7 @@ class Build:
         if self.wide:
             return self.rows * self.D * 2 + 512
         pitch = self.D * 2 + (16 if self.D // 8 % 2 == 0 else 0)
-        return 512 + 2 * self.rows * pitch + self.WT * self.rows * 8 + self.inbox_bytes
+        return 512 + 2 * self.rows * pitch + self.WT * self.rows * 8 + self.inbox_bytes + 128 * self.share
 
     @property
     def inbox_bytes(self) -> int:
@@ -90,8 +91,11 @@ class Build:
 
     @property
     def macros(self) -> dict[str, int]:
-        names = ("D", "DV", "KV") if self.wide else ("D", "DV", "KV", "NR", "WR", "WT", "MT", "HEADS", "CLUSTER", "CHARGE")
-        values = (self.D, self.Dv, self.kv, self.NR, self.WR, self.WT, self.MT, self.heads, self.cluster, self.charge)
+        names = (
+            ("D", "DV", "KV") if self.wide else ("D", "DV", "KV", "NR", "WR", "WT", "MT", "HEADS", "CLUSTER", "CHARGE", "SHARE")
+        )
+        more = (self.heads, self.cluster, self.charge, self.share)
+        values = (self.D, self.Dv, self.kv, self.NR, self.WR, self.WT, self.MT, *more)
         return {f"ATTNKIT_{n}": v for n, v in zip(names, values)} | {"ATTNKIT_CTAS": self.ctas_per_sm}
 
     @property
@@ -113,10 +117,20 @@ def swizzle(row_bytes: int) -> int:
 
 
 def build_for(
-    D: int, Dv: int, kv: int, rows: int, G: int, ctas_per_sm: int, heads: int = 1, cluster: int = 1, charge: bool = False
+    D: int,
+    Dv: int,
+    kv: int,
+    rows: int,
+    G: int,
+    ctas_per_sm: int,
+    heads: int = 1,
+    cluster: int = 1,
+    charge: bool = False,
+    share: bool = False,
 ) -> Build:
     """The build that serves ``rows`` = G x Q rows a KV head; with ``heads`` = 2 (for up to 8 rows) two heads at a time,
-    or with a ``cluster`` of CTAs a head, or with a ``charge`` for short ones.
+    or with a ``cluster`` of CTAs a head, or with a ``charge`` for short ones, or (also for 17 to 32 rows by one CTA a
+    multiprocessor) so that several CTAs ``share`` the adding up of a head's pieces.
 
     A tile is some 32 KB of keys and values, whatever the row size: that is what keeps the loads long. The
     number of keys in it follows from the shape alone, so it does not change with the config (batch invariance).
@@ -129,12 +143,14 @@ def build_for(
         return Build(D, Dv, kv, 0, 0, 0, 0, 2 if both <= 256 else 1)
     mt = 2 if both * item <= 256 else 1
     if rows <= 8:
-        return Build(D, Dv, kv, 1, 1, 4, mt, ctas_per_sm if both <= 256 else 1, 1, cluster, int(charge))
+        return Build(D, Dv, kv, 1, 1, 4, mt, ctas_per_sm if both <= 256 else 1, 1, cluster, int(charge), int(share))
     if both * item > 512 or (item == 1 and both > 256):
         return Build(D, Dv, kv, 1, 2, 2, 2, 1)
     if rows <= 16 or both > 256:
         return Build(D, Dv, kv, 2, 1, 4, mt, ctas_per_sm if both <= 256 else 1)
-    return Build(D, Dv, kv, 2, 2, 2, 2, 2) if ctas_per_sm == 2 else Build(D, Dv, kv, 2, 2, 4, 1, 1)
+    if ctas_per_sm == 2:
+        return Build(D, Dv, kv, 2, 2, 2, 2, 2)
+    return Build(D, Dv, kv, 2, 2, 4, 1, 1, share=int(share))
 
 
 def shipped() -> list[Build]:
@@ -146,4 +162,6 @@ def shipped() -> list[Build]:
     clusters = ((4, 1), (8, 1), (16, 1), (2, 2), (3, 2), (4, 2), (6, 2), (8, 2), (12, 2))
     builds += [build_for(128, 128, kv, 8, 4, ctas, cluster=n) for kv in (BF16, F16) for n, ctas in clusters]
     builds += [build_for(128, 128, kv, 8, 4, 2, charge=True) for kv in (BF16, F16)]
+    shares = ((BF16, 8, 2), (F16, 8, 2), (BF16, 32, 1))
+    builds += [build_for(128, 128, kv, rows, 4, ctas, share=True) for kv, rows, ctas in shares]
     return list(dict.fromkeys(builds))
