@@ -11,6 +11,7 @@ from attnkit import hook
 from attnkit.cache import PageTable, merge_states, write_kv
 from attnkit.decode import paged_decode
 from attnkit.gemm import w8a8_gemm
+from attnkit.hidden import sample_from_hidden
 from attnkit.latent import write_latent
 from attnkit.mla import mla_decode, mla_prefill
 from attnkit.prefill import paged_prefill
@@ -33,6 +34,7 @@ __all__ = [
     "quantize_weight",
     "rms_norm_quantize",
     "sample",
+    "sample_from_hidden",
     "silu_mul_quantize",
     "tune",
     "w8a8_gemm",

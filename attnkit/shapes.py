@@ -7,11 +7,23 @@ from dataclasses import MISSING, fields
 
 from attnkit.workload import DTYPES, Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+from attnkit.workload_hidden import SampleFromHidden
 from attnkit.workload_quantize import RmsNormQuantize, SiluMulQuantize
 
 CASES: dict[str, type[Case]] = {
     c.op: c
-    for c in (Prefill, Decode, MlaDecode, MlaPrefill, Gemm, Quantize, RmsNormQuantize, SiluMulQuantize, Sample)  # type: ignore[type-abstract]
+    for c in (
+        Prefill,
+        Decode,
+        MlaDecode,
+        MlaPrefill,
+        Gemm,
+        Quantize,
+        RmsNormQuantize,
+        SiluMulQuantize,
+        Sample,
+        SampleFromHidden,
+    )  # type: ignore[type-abstract]
 }
 #: A shape of each op that every kernel of it should serve: what `attnkit info` asks about.
 TYPICAL = {
@@ -24,6 +36,7 @@ TYPICAL = {
     "rms_norm_quantize": "M16-K256",
     "silu_mul_quantize": "M16-K256",
     "sample": "B4-V1024-k50-p0.9",
+    "sample_from_hidden": "B4-V1024-H64",
 }
 _WORDS: dict[str, tuple[str, object]] = {
     "tree": ("tree", True),
@@ -34,6 +47,7 @@ _WORDS: dict[str, tuple[str, object]] = {
     "bias": ("bias", True),
     "residual": ("residual", True),
     "greedy": ("temperature", 0.0),
+    "temperature": ("temperature", 0.8),
 }
 _LETTERS = {"win": "window", "k": "top_k", "p": "top_p", "minp": "min_p"}
 

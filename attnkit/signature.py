@@ -212,6 +212,22 @@ class SampleSig:
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenSig:
+    """sample_from_hidden: hidden [B, H] x weight [V, H]^T, and a draw from each row of it."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    B: int
+    V: int
+    H: int
+    hidden_stride: tuple[int, int]
+    weight_stride: tuple[int, int]
+    aligned: bool  # base pointers and row strides are multiples of 16 bytes
+    draw: SampleSig  # the second step's record: the same draw from float32 logits
+
+
+@dataclass(frozen=True, slots=True)
 class WriteSig:
     """write_kv: k, v [T, Hkv, D] into cache slots, quantising where the cache is e4m3 or int8."""
 
@@ -272,6 +288,7 @@ Sig = (
     | RmsNormQuantSig
     | SiluMulQuantSig
     | SampleSig
+    | HiddenSig
     | WriteSig
     | WriteLatentSig
     | MergeSig

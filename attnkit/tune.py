@@ -27,7 +27,7 @@ from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
 MARGIN = 0.02
 OPS = (
     "paged_prefill", "paged_decode", "mla_decode", "mla_prefill", "w8a8_gemm", "quantize_per_token", "rms_norm_quantize",
-    "silu_mul_quantize", "sample",
+    "silu_mul_quantize", "sample", "sample_from_hidden",
 )  # fmt: skip
 
 

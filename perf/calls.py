@@ -23,6 +23,7 @@ def cases() -> dict[str, Case]:
     """The ops that have cases, small, in the form that most models call them in."""
     from attnkit.workload import Gemm, Quantize, Sample
     from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
+    from attnkit.workload_hidden import SampleFromHidden
     from attnkit.workload_quantize import RmsNormQuantize, SiluMulQuantize
 
     return {
@@ -39,6 +40,7 @@ def cases() -> dict[str, Case]:
         "silu_mul_quantize": SiluMulQuantize(M=16, K=512),
         "sample top-k top-p": Sample(B=2, V=32000, top_k=50, top_p=0.9),
         "sample temperature": Sample(B=2, V=32000),
+        "sample_from_hidden": SampleFromHidden(B=2, V=32000, H=512),
     }
 
 

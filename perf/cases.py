@@ -5,9 +5,10 @@ from __future__ import annotations
 from attnkit.workload import Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
 from attnkit.workload_cache import Merge, WriteKv, WriteLatent
+from attnkit.workload_hidden import SampleFromHidden
 from attnkit.workload_quantize import QuantizedLinear, RmsNormQuantize, SiluMulQuantize
 
-FAMILIES = ("prefill", "decode", "mla", "gemm", "sampling", "cache")
+FAMILIES = ("prefill", "decode", "mla", "gemm", "sampling", "hidden", "cache")
 
 #: A batch whose bytes sit in one sequence: 63 of about 700 tokens and one of 64k.
 SKEWED = (65536, *(700 + (37 * i) % 61 - 30 for i in range(63)))
@@ -58,6 +59,10 @@ def _decode() -> list[Case]:
         Decode(B=32, L=4096, Hq=16, Hkv=8, D=256),
     ]
     one = [Decode(B=1, L=L, Hq=Hq, Hkv=Hkv) for Hq, Hkv in ((12, 2), (32, 8)) for L in (1024, 4096, 131072)]
+    # A long one of few heads, whose pieces are many.
+    one += [
+        Decode(B=1, L=L, Hq=Hq, Hkv=Hkv) for Hq, Hkv, L in ((12, 2, 32768), (32, 8, 32768), (8, 1, 131072), (32, 1, 131072))
+    ]
     skew = [
         Decode(B=64, L=SKEWED, Hq=32, Hkv=8, label="B64-L64k+63x700-Hq32-Hkv8-D128-S16-bf16"),
         Decode(B=64, L=EVEN, Hq=32, Hkv=8, label=f"B64-L{EVEN[0]}-Hq32-Hkv8-D128-S16-bf16-even"),
@@ -150,6 +155,14 @@ def _sampling() -> list[Case]:
     return [*usual, *others, *plain, Sample(B=256, V=131072, dtype="bf16")]
 
 
+def _hidden() -> list[Case]:
+    """The product with a model's output embedding, and a draw from it."""
+    usual = [SampleFromHidden(B=B, V=131072, H=4096, temperature=t) for t in (0.8, 0.0) for B in (1, 8, 32, 64)]
+    others = [SampleFromHidden(B=B, V=151936, H=3584) for B in (1, 8, 32)]
+    some = [SampleFromHidden(B=B, V=131072, H=4096, top_k=k, top_p=0.9) for k in (50, 0) for B in (1, 32)]
+    return [*usual, *others, *some, SampleFromHidden(B=32, V=131072, H=4096, penalties=True)]
+
+
 def _cache() -> list[Case]:
     write: list[Case] = [WriteKv(T=T, Hkv=8, kv=kv) for T, kv in ((1, ""), (64, ""), (8192, ""), (64, "fp8"), (8192, "fp8"))]
     return [*write, *(WriteLatent(T=T) for T in (64, 8192)), Merge(T=64, Hq=32), Merge(T=4096, Hq=32)]
@@ -161,6 +174,7 @@ _GPU = {
     "mla": lambda: [*_mla(), *_mla_narrow()],
     "gemm": lambda: [*_gemm(), *_quantize()],
     "sampling": _sampling,
+    "hidden": _hidden,
     "cache": _cache,
 }
 
@@ -180,6 +194,7 @@ _CPU: dict[str, list[Case]] = {
         Sample(B=32, V=131072),
         Sample(B=32, V=131072, temperature=0.0),
     ],
+    "hidden": [SampleFromHidden(B=8, V=32000, H=1024)],
     "cache": [WriteKv(T=64, Hkv=8), WriteKv(T=2048, Hkv=8, kv="int8"), WriteLatent(T=64), Merge(T=64, Hq=32)],
 }
 

@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError("--benchmark times one thing at a time: leave out -n")
         config.option.benchmark_quiet = True  # pytest-benchmark's own table times whole replays
         config.option.benchmark_disable_gc = True
-    for peers in ("attention", "sampling"):  # FlashInfer's older names
+    for peers in ("attention", "hidden", "sampling"):  # FlashInfer's older names
         config.addinivalue_line("filterwarnings", f"ignore::DeprecationWarning:perf.peers.{peers}")
     config.stash[BENCH] = bench = Bench(timed, first=config.getoption("--first"))
     if timed and config.getoption("--append"):

@@ -41,7 +41,14 @@ SHOWN = {
     "B256-V131072-temperature-fp32": "Sample, temperature, 256 x 131k",
     "B128-V131072-greedy-fp32": "Sample, greedy, 128 x 131k",
 }
-FAMILIES = {"prefill": "prefill", "decode": "decode", "mla": "MLA", "gemm": "GEMM and quantising", "sampling": "sampling"}
+FAMILIES = {
+    "prefill": "prefill",
+    "decode": "decode",
+    "mla": "MLA",
+    "gemm": "GEMM and quantising",
+    "sampling": "sampling",
+    "hidden": "product and draw",
+}
 
 
 def first_rows(receipt: dict[str, Any]) -> dict[str, dict[str, Any]]:

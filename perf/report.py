@@ -19,6 +19,7 @@ FAMILIES = {
     "mla": "MLA",
     "gemm": "W8A8 GEMM",
     "sampling": "Sampling",
+    "hidden": "Sampling from hidden states",
     "cache": "Cache",
 }
 HERE = Path(__file__).parent

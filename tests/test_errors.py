@@ -151,6 +151,34 @@ def test_sample(name):
         attnkit.sample(torch.zeros(2, 10), **{"seed": 1, **options})
 
 
+HIDDEN = {
+    "shape": (lambda h, w: ((h[0], w), {}), ValueError, r"hidden's shape is \[16\] and weight's \[10, 16\], wanted \[B, H\]"),
+    "letters": (lambda h, w: ((h, w[:, :8]), {}), ValueError, "H is 16 in hidden but 8 in weight"),
+    "dtype": (lambda h, w: ((h, w.half()), {}), ValueError, "weight's dtype is torch.float16, wanted torch.bfloat16"),
+    "int8": (lambda h, w: ((h.to(torch.int8), w.to(torch.int8)), {}), ValueError, "hidden's dtype is torch.int8"),
+    "stride": (lambda h, w: ((h, w.t().contiguous().t()), {}), ValueError, "weight's last stride is 10, wanted 1"),
+    "device": (lambda h, w: ((h, w.to("meta")), {}), ValueError, "weight is on meta but the call runs on cpu"),
+    "vocabulary": (lambda h, w: ((h, w[:0]), {}), ValueError, "V is 0, wanted at least 1"),
+    "temperature": (lambda h, w: ((h, w), {"temperature": -1.0}), ValueError, "temperature is -1.0, wanted at least 0"),
+    "seeds": (lambda h, w: ((h, w), {"seed": torch.zeros(3, dtype=torch.int64)}), ValueError, "B is 2 in hidden but 3 in seed"),
+    "counts": (
+        lambda h, w: ((h, w), {"output_counts": torch.zeros(2, 9, dtype=torch.int32)}),
+        ValueError,
+        "V is 10 in weight but 9 in output_counts",
+    ),
+    "out": (lambda h, w: ((h, w), {"out": torch.zeros(2)}), ValueError, "out's dtype is torch.float32, wanted torch.int64"),
+    "impl": (lambda h, w: ((h, w), {"impl": "x"}), ValueError, "impl is 'x', wanted one of cpu, cuda, torch, triton"),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_sample_from_hidden(name):
+    make, kind, message = HIDDEN[name]
+    args, options = make(torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(10, 16, dtype=torch.bfloat16))
+    with pytest.raises(kind, match=f"sample_from_hidden: {message}"):
+        attnkit.sample_from_hidden(*args, **{"seed": 1, **options})
+
+
 def test_sample_needs_a_vocabulary():
     with pytest.raises(ValueError, match="V is 0, wanted at least 1"):
         attnkit.sample(torch.zeros(2, 0), seed=1)

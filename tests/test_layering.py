@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPS = {"prefill", "decode", "mla", "gemm", "quantize", "sampling", "cache"}
+OPS = {"prefill", "decode", "mla", "gemm", "quantize", "sampling", "hidden", "cache"}
 STDLIB_FREE = {"__future__"}
 
 
@@ -83,7 +83,7 @@ def test_dispatch_imports_no_op():
 
 
 PUBLIC = {"PageTable", "Sampled", "merge_states", "mla_decode", "mla_prefill", "paged_decode", "paged_prefill",
-          "quantize_per_token", "quantize_weight", "rms_norm_quantize", "sample", "silu_mul_quantize", "w8a8_gemm", "write_kv"}  # fmt: skip
+          "quantize_per_token", "quantize_weight", "rms_norm_quantize", "sample", "sample_from_hidden", "silu_mul_quantize", "w8a8_gemm", "write_kv"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", files("integrations"), ids=lambda p: str(p.relative_to(ROOT)))

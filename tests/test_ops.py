@@ -48,6 +48,9 @@ def arguments() -> dict[str, tuple]:
         "quantize_per_token": (torch.randn(4, 64, device=DEVICE), a.clone(), torch.zeros(4, device=DEVICE), IMPL),
         "sample": (logits, seeds, [None] * 8, None, None, None, None, torch.zeros_like(seeds), torch.zeros(3, dtype=torch.bool, device=DEVICE),
                    None, None, numbers, IMPL),
+        "sample_from_hidden": (a.float(), w.float(), torch.arange(4, device=DEVICE), [None] * 8, None, None, None, None,
+                               torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.zeros(4, dtype=torch.bool, device=DEVICE), None, None,
+                               numbers, IMPL),
         "write_kv": (ragged[:, :, :64], ragged.clone(), cache, cache.clone(), torch.arange(9, device=DEVICE), None, None, IMPL),
         "write_latent": (torch.randn(3, 512, device=DEVICE), torch.randn(3, 64, device=DEVICE),
                          torch.zeros(2, 8, 656, dtype=torch.uint8, device=DEVICE), torch.arange(3, device=DEVICE), None),
@@ -56,7 +59,7 @@ def arguments() -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("op", ["paged_decode", "paged_prefill", "mla_decode", "mla_prefill", "w8a8_gemm", "quantize_per_token",
-                                "sample", "write_kv", "write_latent", "merge_states"])  # fmt: skip
+                                "sample", "sample_from_hidden", "write_kv", "write_latent", "merge_states"])  # fmt: skip
 def test_opcheck(op):
     # sample's seeds make it deterministic, so every check opcheck has applies to every op.
     torch.library.opcheck(getattr(torch.ops.attnkit, op).default, arguments()[op])
@@ -75,7 +78,8 @@ def test_every_op_compiles_into_one_graph():
         a, scale = attnkit.quantize_per_token(o.flatten(0, 1).flatten(1))
         w, w_scale = attnkit.quantize_weight(weight)
         logits = attnkit.w8a8_gemm(a, w, scale, w_scale)
-        return attnkit.sample(logits.float(), seed=7, top_k=5).tokens, p
+        tokens = attnkit.sample(logits.float(), seed=7, top_k=5).tokens
+        return tokens + attnkit.sample_from_hidden(o.flatten(0, 1).flatten(1), weight.to(o.dtype), seed=7).tokens, p
 
     weight = torch.randn(32, 256, device=DEVICE)
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")

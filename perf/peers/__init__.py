@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from attnkit.workload import Case, Inputs, Sample
-from perf.peers import attention, cache, gemm, sampling
+from attnkit.workload_hidden import SampleFromHidden
+from perf.peers import attention, cache, gemm, hidden, sampling
 from perf.peers.base import Call, Maker, Unsuited, module
 from perf.peers.gemm import better_products
 
@@ -41,6 +42,9 @@ PEERS: tuple[tuple[str, str, str, str | None, Maker], ...] = (
     ("sample", "cuda", "FlashInfer", "flashinfer", sampling.flashinfer_sampling),
     ("sample", "any", "torch sort", None, sampling.torch_sort),
     ("sample", "any", "torch argmax", None, sampling.torch_argmax),
+    ("sample_from_hidden", "cuda", "FlashInfer", "flashinfer", hidden.flashinfer_two_steps),
+    ("sample_from_hidden", "any", "two steps", None, hidden.two_steps),
+    ("sample_from_hidden", "any", "torch argmax", None, hidden.torch_argmax),
     ("write_kv", "any", "torch", None, cache.torch_write),
     ("merge_states", "any", "torch", None, cache.torch_merge),
 )
@@ -77,6 +81,6 @@ PEER_LIMIT = 0.08
 def right(case: Case, x: Inputs, call: Call) -> bool:
     """True if a peer's answer is the case's. A sampler draws its own noise: its tokens need only be in range."""
     out = call()
-    if isinstance(case, Sample):
+    if isinstance(case, Sample | SampleFromHidden):
         return bool(((out >= 0) & (out < case.V)).all())
     return case.error(x, out) <= PEER_LIMIT

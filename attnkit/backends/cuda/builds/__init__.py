@@ -10,6 +10,7 @@ from attnkit.backends.cuda.builds import (
     decode,
     gemm,
     gemm_skinny,
+    hidden,
     mla_narrow,
     mla_short,
     mla_wide,
@@ -21,7 +22,7 @@ from attnkit.backends.cuda.builds import (
 from attnkit.backends.cuda.images import Variant
 
 #: Modules with a shipped() of their own, besides decode's.
-FAMILIES = (cache, gemm, gemm_skinny, mla_narrow, mla_short, mla_wide, mla_wide_fp8, prefill, quantize, sampling)
+FAMILIES = (cache, gemm, gemm_skinny, hidden, mla_narrow, mla_short, mla_wide, mla_wide_fp8, prefill, quantize, sampling)
 
 
 def shipped() -> list[Variant]:
