@@ -7,7 +7,9 @@ import torch
 
 import attnkit
 from attnkit import reference
+from attnkit.backends.cuda import sampling as cuda_sampling
 from attnkit.sampling import KERNELS
+from attnkit.signature import SampleSig
 from tests.kernels import every, skip_if_declined
 
 SETTINGS = {
@@ -245,3 +247,25 @@ def test_no_seed_draws_anew():
     torch.manual_seed(0)
     logits = torch.zeros(16, 4096)
     assert not torch.equal(attnkit.sample(logits).tokens, attnkit.sample(logits).tokens)
+
+
+@pytest.mark.parametrize(
+    ("B", "top_p", "min_p", "counts", "ways"),
+    [
+        (128, 0.9, 0.0, False, ("arrival",)),
+        (128, None, 0.0, False, ("arrival",)),
+        (15, None, 0.0, True, ("arrival",)),
+        (16, 0.59, 0.0, True, ("arrival",)),
+        (16, 0.6, 0.0, True, ("cut",)),
+        (16, None, 0.0, True, ("arrival", "cut")),
+        (16, 0.1, None, True, ("cut",)),
+        (15, 0.1, 0.05, False, ("rest",)),
+    ],
+)
+def test_who_draws_under_top_p(B, top_p, min_p, counts, ways):
+    sig = SampleSig(
+        op="sample", device=torch.device("cuda", 0), dtype=torch.float32, B=B, V=131072, logits_stride=(131072, 1), aligned=True,
+        temperature=1.0, top_k=0, top_p=top_p, min_p=min_p, repetition_penalty=1.2, presence_penalty=0.0, frequency_penalty=0.0,
+        offset=0, counts=counts, prompt_mask=False, logit_bias=False, allowed=False, logprobs=None,
+    )  # fmt: skip
+    assert cuda_sampling._ways(sig) == ways

@@ -1,5 +1,6 @@
-"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but two for a short top-k and for
-top-p by arrival, and three where a tensor leaves open which rows have a short top-k. One more for log-probabilities."""
+"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but two for a short top-k and where a tensor
+of p leaves open who takes which row under penalties, and three where one leaves open which rows have a short top-k. One
+more for log-probabilities."""
 
 from __future__ import annotations
 
@@ -24,12 +25,10 @@ POINTERS = (
 )  # fmt: skip
 STRIDES = {"counts": 4, "prompt_mask": 1, "logit_bias": 4, "allowed": 4}
 #: struct SampleParams of csrc/cuda/sampling/sample_row_sm90.cuh
-PARAMS = launch.Fields(
-    maps=(),
-    words=(*POINTERS, "logits_b", *(f"{name}_b" for name in STRIDES), "offset_value", "top_k_value"),
-    ints=("B", "V", "blocks", "columns", "listed", "room"),
-    floats=("temperature_value", "top_p_value", "min_p_value", "repetition_value", "presence_value", "frequency_value"),
-)
+WORDS = (*POINTERS, "logits_b", *(f"{name}_b" for name in STRIDES), "offset_value", "top_k_value")
+INTS = ("B", "V", "blocks", "columns", "listed", "room")
+FLOATS = ("temperature_value", "top_p_value", "min_p_value", "repetition_value", "presence_value", "frequency_value")
+PARAMS = launch.Fields(maps=(), words=WORDS, ints=INTS, floats=FLOATS)
 KINDS = {torch.float32: builds.F32, torch.bfloat16: builds.BF16, torch.float16: builds.F16}
 
 
@@ -48,10 +47,11 @@ def _supports(sig: SampleSig) -> str | None:
 
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
-    """Who draws: "all" tokens, a "short" top-k, top-p alone by "arrival", a "cut" of many rows, the "rest" of the filters.
-    Each row is drawn by one."""
+    """Who draws: "all" tokens, of many rows by a "ring", a "short" top-k, top-p without top-k and min-p by "arrival", a "cut"
+    of many rows, the "rest" of the filters. Each row is drawn by one."""
     if not filtered(sig):
-        return ("all",)
+        fits = builds.fits_ring(KINDS[sig.dtype], sig.B, sig.V, sig.aligned, arch.of(sig.device).sms)
+        return ("ring",) if fits and not extras(sig) else ("all",)
     k = sig.top_k
     if k is not None and 0 < k < sig.V and k <= builds.MOST_LISTED:
         return ("short",)
@@ -59,27 +59,33 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
         return ("short", "rest")
     if 0 < k < sig.V:
         return ("rest",)
-    alone = sig.min_p is not None and sig.min_p <= 0.0 and not _extras(sig)
-    if alone and builds.fits_by_arrival(sig.V):
+    many = sig.B >= builds.LEAST_CUT_ROWS
+    if sig.min_p is None or sig.min_p > 0.0 or not builds.fits_by_arrival(sig.V):
+        return ("cut",) if many else ("rest",)
+    if not many or not extras(sig):
         return ("arrival",)
-    return ("cut",) if sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
+    if sig.top_p is None:
+        return ("arrival", "cut")
+    return ("cut",) if sig.top_p >= builds.CUT_FROM else ("arrival",)
 
 
 def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
     kind = KINDS[sig.dtype]
     if way == "all":
         return (builds.draw(kind, penalised, sig.temperature == 0.0),)
+    if way == "ring":
+        return (builds.ring(),)
     if way == "short":
         return builds.short_top_k(kind, penalised)
     if way == "arrival":
-        return builds.top_p(kind)
+        return (builds.top_p(kind, penalised),)
     if way == "cut":
         return (builds.cut(kind, penalised),)
     held = builds.held_bytes(kind, penalised)
     return (builds.filters(kind, penalised, builds.filter_ctas(builds.cluster(sig.V)[1], held)),)
 
 
-def _extras(sig: SampleSig) -> set[str]:
+def extras(sig: SampleSig) -> set[str]:
     """The tensors that come and that an option reads: neither counts nor the prompt matter while their penalties are off."""
     given = {name for name in STRIDES if getattr(sig, name)}
     if sig.repetition_penalty == 1.0:
@@ -89,7 +95,7 @@ def _extras(sig: SampleSig) -> set[str]:
     return given
 
 
-def _values(sig: SampleSig, strides: dict[str, int]) -> dict[str, Any]:
+def values_of(sig: SampleSig, strides: dict[str, int]) -> dict[str, Any]:
     def number(name: str, off: float) -> float:
         value = getattr(sig, name)
         return off if value is None else value
@@ -97,7 +103,7 @@ def _values(sig: SampleSig, strides: dict[str, int]) -> dict[str, Any]:
     return {
         "logits_b": sig.logits_stride[0] * sig.dtype.itemsize, "offset_value": int(number("offset", 0)),
         "top_k_value": int(number("top_k", 0)), "B": sig.B, "V": sig.V, "blocks": -(-sig.V // builds.BLOCK),
-        "listed": int(_ways(sig) == ("short", "rest")), "room": builds.CUT_ROOM,
+        "listed": int(len(_ways(sig)) > 1), "room": builds.CUT_ROOM,
         "temperature_value": number("temperature", 1.0), "top_p_value": number("top_p", 1.0),
         "min_p_value": number("min_p", 0.0), "repetition_value": number("repetition_penalty", 1.0),
         "presence_value": number("presence_penalty", 0.0), "frequency_value": number("frequency_penalty", 0.0),
@@ -121,21 +127,25 @@ def _made(
 def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
     """What all calls of a plan have in common."""
     sig, state, ways = plan.sig, plan.state, _ways(plan.sig)
-    extras = _extras(sig)
-    used = {n: t for n, t in options.items() if n not in STRIDES or n in extras}
+    masks = extras(sig)
+    used = {n: t for n, t in options.items() if n not in STRIDES or n in masks}
     strides = {f"{name}_b": used[name].stride(0) * size for name, size in STRIDES.items() if name in used}
-    values, penalised = _values(sig, strides), bool(strides)
-    scratch = "peaks" if ways[0] in ("short", "arrival") else "state"
+    values, penalised = values_of(sig, strides), bool(strides)
+    scratch = "peaks" if ways[0] == "short" else "state"
     pointers = ("logits", "seeds", "tokens", "valid", *used, scratch)
     state["options"] = tuple(used)
     state["index"] = launch.index_of(sig.device)
     state["scratch"] = {}
-    state["counters"] = 4 * sig.B if "all" in ways else 0
-    state["partial_bytes"] = sig.B * builds.groups(sig.V) * {"short": 4, "arrival": 8}.get(ways[0], 0)
+    state["counters"] = 4 * sig.B if ways[0] in ("all", "ring") else 0
+    state["partial_bytes"] = 4 * sig.B * builds.groups(sig.V) if ways[0] == "short" else 0
     made = []
     for way in ways:
         variants = _variants(sig, way, penalised)
-        if way == "all":
+        if way == "ring":
+            sms, threads = arch.of(sig.device).sms, builds.RING_THREADS
+            shared = builds.ring_bytes(sig.B, sig.V, sms)
+            made.append(_made(sig, variants[0], "attnkit_sample_ring", sms, values, pointers, shared=shared, threads=threads))
+        elif way == "all":
             made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values, pointers))
         elif way == "short":
             made.append(_made(sig, variants[0], "attnkit_sample_peaks", plan.config.ctas, values, pointers))
@@ -143,11 +153,10 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
                 _made(sig, variants[1], "attnkit_sample_topk", sig.B, values, pointers, threads=builds.TOPK_THREADS)
             )  # fmt: skip
         elif way == "arrival":
-            made.append(_made(sig, variants[0], "attnkit_sample_masses", plan.config.ctas, values, pointers))
             size = builds.arrive_parts(sig.B, sig.V, arch.of(sig.device).sms)
-            shared, threads = builds.arrive_bytes(sig.V, size), builds.ARRIVE_THREADS
+            shared, threads = builds.arrive_bytes(sig.V, size), builds.arrive_threads(KINDS[sig.dtype], penalised)
             name, grid = "attnkit_sample_arrive", sig.B * size
-            made.append(_made(sig, variants[1], name, grid, values, pointers, cluster=size, shared=shared, threads=threads))
+            made.append(_made(sig, variants[0], name, grid, values, pointers, cluster=size, shared=shared, threads=threads))
         elif way == "cut":
             size = builds.parts(sig.B, sig.V, arch.of(sig.device).sms, sig.top_p != 1.0)
             shared = builds.CUT_BYTES + 8 * builds.THREADS * builds.CUT_ROOM

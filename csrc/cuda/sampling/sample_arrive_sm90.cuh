@@ -1,24 +1,25 @@
-// Top-p without top-k, min-p and penalties, in two launches. The first reads all logits once and keeps of each group of 16
-// tokens its largest logit (peak) and its sum of exp. The second has a cluster for each row. When groups arrive needs no logits
-// (draw_by_arrival in attnkit/reference.py), so only the earliest are read again. Their tokens, in order of time, are judged by
-// what precedes them: no more than the groups whose peak reaches them, and a like bound from below. Where these do not decide,
-// those groups are read again. The first token that top-p keeps is drawn.
+// Top-p without top-k and min-p, in one launch: a cluster for each row, all rows at the same time as long as there is room.
+// First a CTA reads its share of the logits once and keeps of each group of 16 tokens the largest logit (peak) and the sum of exp, in
+// shared memory. When groups arrive needs no logits (draw_by_arrival in attnkit/reference.py), so only the earliest are read
+// again. Their tokens, in order of time, are judged by what precedes them: no more than the groups whose peak reaches them, and a like
+// bound from below. Where these do not decide, those groups are read again. The first token that top-p keeps is drawn.
 //
 // Order throughout: by logit after temperature, then by the lower id. What decides is a sum of whole multiples of a power of
 // two, so that no order of adding shows; sums of floats decide only where they are far enough from what is wanted.
 #pragma once
 #include "sample_filter_sm90.cuh"
+#include "sample_split_sm90.cuh"
 #include "sample_stream_sm90.cuh"
 
 namespace attnkit::sampling {
 
-constexpr int kArriveThreads = 256, kArriveWarps = kArriveThreads / 32;
+constexpr int kArriveThreads = ATTNKIT_THREADS, kArriveWarps = kArriveThreads / 32, kMostArriveWarps = 16;
+constexpr int kPiecesAhead = kArriveThreads == 256 ? 4 : 2;  // pieces of 512 tokens that a warp has on their way
+constexpr int kNearAhead = kArriveThreads == 256 ? 3 : 2;    // groups that a thread has on their way, where they are read again
 constexpr int kMostParts = 8;    // CTAs of a row
 constexpr int kMostEarly = 128;  // groups of a CTA that arrive early
 constexpr int kTold = 64;        // tokens of a row that arrive early
 constexpr int kProbes = 4;       // tokens that are judged at a time
-
-// ---- first launch ----
 
 // A group's sum of exp, its largest counting one. Converged warps only.
 template <int Type>
@@ -47,40 +48,6 @@ ATTNKIT_DEVICE float sum_of(const Raw<Type> (&raw)[4], float peak, float scale) 
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-template <int Type>
-struct MassWork {
-  static constexpr bool kAhead = false;
-  const SampleParams& p;
-  RawOptions coming;
-  RowOptions o;
-  float2* to = nullptr;
-
-  ATTNKIT_DEVICE explicit MassWork(const SampleParams& q) : p(q) {}
-  ATTNKIT_DEVICE bool wants(int) const { return true; }
-  ATTNKIT_DEVICE void ask(int b) { coming = RawOptions(p, b); }
-  ATTNKIT_DEVICE void begin(int b) {
-    o = coming.use();
-    to = reinterpret_cast<float2*>(p.peaks) + static_cast<i64>(b) * p.blocks * (kBlock / 16) + lane_id();
-  }
-  ATTNKIT_DEVICE void block(int) {}
-  template <int Held>
-  ATTNKIT_DEVICE void piece(const Raw<Held> (&raw)[4], int number, int) {
-    const float peak = peak_of<Held>(raw);
-    to[number * 32] = make_float2(peak, sum_of<Held>(raw, peak, o.rt * kLog2e));
-  }
-  ATTNKIT_DEVICE void end(int, int) {}
-};
-
-template <int Type>
-ATTNKIT_DEVICE void sample_masses(const SampleParams& p) {
-  wait_for_previous_grid();
-  launch_dependents();
-  MassWork<Type> work(p);
-  stream_rows<Type, false>(p, work);
-}
-
-// ---- second launch ----
-
 // The larger the score, the earlier. ``logit``: after temperature.
 struct alignas(16) Arrival {
   float score, logit;
@@ -92,25 +59,23 @@ struct ArriveShared {
   Arrival told[kTold];         // by all CTAs, in parts
   uint4 about[kMostParts];     // of every CTA: largest logit, a NaN seen, mass
   uint4 bests[2][kMostParts];  // of every CTA
-  u64 sums[kArriveWarps];
+  u64 sums[kMostArriveWarps];
   Place probes[kProbes];
   u32 above[3][2 * kProbes];
-  float most[kArriveWarps];
+  float most[kMostArriveWarps];
   int early[kMostEarly];
   int n_early, n_told, n_probes, n_near;
   int over;  // some CTA had more to tell
 };
-static_assert(sizeof(ArriveShared) == 2176, "ARRIVE_BYTES");
-
-ATTNKIT_DEVICE void store_remote(u32 to, u64 x) { asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(to), "l"(x) : "memory"); }
-ATTNKIT_DEVICE void add_remote(u32 to, u32 x) { asm volatile("red.shared::cluster.add.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory"); }
+static_assert(sizeof(ArriveShared) == 2272, "ARRIVE_BYTES");
 
 // Tokens in the order of their groups: of equals the first group's wins.
 ATTNKIT_DEVICE int group_order(int id) { return (id / kPiece * 32 + id % kChunk / 4) * 16 + id % kPiece / kChunk * 4 + id % 4; }
 ATTNKIT_DEVICE int of_group_order(int at) { return first_of_group(at / 16) + at % 16 / 4 * kChunk + at % 4; }
 
-template <int Type>
+template <int Type, bool Penalised>
 struct ArriveRow {
+  static constexpr int kHeld = Penalised ? kF32 : Type;  // what penalties make of logits are floats
   const SampleParams& p;
   ArriveShared& s;
   float2* const groups;  // of this CTA: peak, and mass, its largest logit's being one
@@ -153,26 +118,87 @@ struct ArriveRow {
     }
   }
 
-  // False for a row with NaN or without a token.
-  ATTNKIT_DEVICE bool load() {
-    const int pairs = n / 2;
-    const float4* const from = reinterpret_cast<const float4*>(p.peaks) + static_cast<i64>(b) * p.blocks * (kBlock / 32);
-    float4* const to = reinterpret_cast<float4*>(groups);
-    float most = negative_infinity();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < pairs; i += 4 * kArriveThreads) {
-      float4 q[4];
+  // All pieces of this CTA's share, 512 tokens each, those that follow on their way: ``take`` gets what a lane has of one and the
+  // place of its group. While the first are, words are worked out.
+  template <class F>
+  ATTNKIT_DEVICE void stream_share(F&& take) {
+    constexpr int kParts = 4 / kPiecesAhead;
+    const int parts = n / 128 * kParts, last = (b + 1) * p.blocks;
+    const auto spot_of = [&](int i) { return Spot<Type>(p, i < parts ? b * p.blocks + i / kParts * size + rank : last, last); };
+    int i = warp;
+    Spot<Type> spot = spot_of(i);
+    Raw<Type> raw[kPiecesAhead][4];
+    if (spot.whole) {
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int at = i + u * kArriveThreads;
-        if (at < pairs) q[u] = from[(at / 64 * size + rank) * 64 + at % 64];
-      }
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int at = i + u * kArriveThreads;
-        if (at < pairs) to[at] = q[u], most = max_nan(most, max_nan(q[u].x, q[u].z));
-      }
+      for (int u = 0; u < kPiecesAhead; ++u) spot.load(raw[u], i % kParts * kPiecesAhead + u);
     }
+    load_words();
+#pragma unroll 1
+    for (; i < parts; i += kArriveWarps) {
+      const Spot<Type> next = spot_of(i + kArriveWarps);
+      const int first = i % kParts * kPiecesAhead, at = i * (128 / kParts) + lane;  // kArriveWarps is a multiple of kParts
+      if (spot.whole) {
+#pragma unroll
+        for (int u = 0; u < kPiecesAhead; ++u) {
+          take(raw[u], at + u * 32);
+          if (next.whole) next.load(raw[u], first + u);
+        }
+      } else {
+#pragma unroll 1
+        for (int u = 0; u < kPiecesAhead; ++u) {
+          Raw<Type> held[4];
+          load_piece<Type, false>(held, r, o, spot.v + (first + u) * kPiece + lane * 4, p.V);
+          take(held, at + u * 32);
+        }
+        if (next.whole) {
+#pragma unroll
+          for (int u = 0; u < kPiecesAhead; ++u) next.load(raw[u], first + u);
+        }
+      }
+      spot = next;
+    }
+  }
+
+  // The same with penalties: one piece is on its way, and L2 asks for the next but one.
+  template <class F>
+  ATTNKIT_DEVICE void stream_penalised(F&& take) {
+    const int pieces = n / 32;
+    const auto first_of = [&](int i) { return (i / 4 * size + rank) * kBlock + i % 4 * kPiece; };
+    int i = warp;
+    Fetched<Type, true> fetched;
+    if (i < pieces) fetched.ask(r, first_of(i) + lane * 4, p.V);
+    load_words();
+#pragma unroll 1
+    for (; i < pieces; i += kArriveWarps) {
+      const int coming = i + kArriveWarps;
+      Raw<kF32> held[4];
+      fetched.use(held, r, o, first_of(i) + lane * 4, p.V);
+      if (coming < pieces) fetched.ask(r, first_of(coming) + lane * 4, p.V);
+      if (coming + kArriveWarps < pieces) ask_l2<Type>(p, b, first_of(coming + kArriveWarps));
+      take(held, i * 32 + lane);
+    }
+  }
+
+  // Of each group the largest logit and the sum of exp; the largest of all, or NaN.
+  ATTNKIT_DEVICE float take_in() {
+    float most = negative_infinity();
+    const auto take = [&](const Raw<kHeld>(&raw)[4], int i) {
+      const float peak = peak_of<kHeld>(raw);
+      most = max_nan(most, peak);
+      groups[i] = make_float2(peak, sum_of<kHeld>(raw, peak, scale));
+    };
+    if constexpr (Penalised) {
+      stream_penalised(take);
+    } else {
+      stream_share(take);
+    }
+    return most;
+  }
+
+  // What the row weighs. False for a row with NaN or without a token.
+  ATTNKIT_DEVICE bool add_up_row(float most) {
+    const int pairs = n / 2;
+    float4* const to = reinterpret_cast<float4*>(groups);
     const u32 key = __reduce_max_sync(0xffffffffu, order_key(most == most ? most : negative_infinity()));
     if (lane == 0) s.most[warp] = order_value(key);
     const bool odd = __syncthreads_or(most != most) != 0;
@@ -238,7 +264,7 @@ struct ArriveRow {
       const bool is = i + lane / 16 < min(found, kMostEarly);
       const int number = number_of(s.early[is ? i + lane / 16 : i]), id = first_of_group(number) + place / 4 * kChunk + place % 4;
       float four[4];
-      load_chunk<Type, false>(four, r, o, id & ~3, p.V);
+      load_chunk<Type, Penalised>(four, r, o, id & ~3, p.V);
       u32 own[4], shared[4];
       philox_words(seed, offset, kOfTokens, static_cast<u32>(id) >> 2, own);
       const bool inner = (lane & 1) != 0;
@@ -390,56 +416,115 @@ struct ArriveRow {
     return more != 0 && (same & 1) == 0;
   }
 
-  // The mass of the listed groups' tokens that precede the probes, as a sum of floats. A thread takes a group; its next one is on
-  // its way.
-  ATTNKIT_DEVICE void add_near(int found, const int (&ids)[2], const float (&equal)[2], const float (&beyond)[2], float (&above)[2]) const {
+  // What precedes a probe, before temperature: tokens from ``equal`` on where their ids are lower, from ``beyond`` on elsewhere.
+  struct Edge {
+    float equal, beyond;
+    int id;
+  };
+
+  // Adds what precedes each probe in a group.
+  template <int N>
+  ATTNKIT_DEVICE void add_group(const Raw<kHeld> (&raw)[4], int number, const Edge (&edge)[N], float (&above)[N]) const {
     const float shift = -largest * scale;
-    Fetched<Type, false> fetched;
-    int j = threadIdx.x, v = 0;
-    if (j < found) fetched.ask(r, v = first_of_group(marks[j]), p.V);
+    const int group = first_of_group(number);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float x[4], mass[4];
+      widen_four<kHeld>(raw[c], x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mass[i] = exp2_fast(__fmaf_rn(x[i], scale, shift));
+#pragma unroll
+      for (int q = 0; q < N; ++q) {
+        const float least = number / 32 < edge[q].id / kPiece ? edge[q].equal : edge[q].beyond;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) above[q] += x[i] >= least ? mass[i] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < N; ++q) {
+      if (number / 32 != edge[q].id / kPiece) continue;
 #pragma unroll 1
-    while (j < found) {
-      Raw<Type> held[4];
-      fetched.use(held, r, o, v, p.V);
-      const int group = v;
-      j += kArriveThreads;
-      if (j < found) fetched.ask(r, v = first_of_group(marks[j]), p.V);
+      for (int i = 0; i < 16; ++i) {
+        float four[4];
+        widen_four<kHeld>(one_of(raw, i / 4), four);
+        const float x = one_of(four, i);
+        const bool is = group + i / 4 * kChunk + i % 4 < edge[q].id && x >= edge[q].equal && x < edge[q].beyond;
+        above[q] += is ? exp2_fast(__fmaf_rn(x, scale, shift)) : 0.0f;
+      }
+    }
+  }
+
+  // Listed groups from place ``j`` on, one in ``step``, those that follow on their way: ``take`` gets the tokens and the number.
+  template <class F>
+  ATTNKIT_DEVICE void read_groups(const u16* list, int found, int j, int step, F&& take) const {
+    if constexpr (Penalised) {
+      // There are no registers for two: L2 asks for the next.
+#pragma unroll 1
+      for (; j < found; j += step) {
+        const int v = first_of_group(list[j]), next = first_of_group(list[min(j + step, found - 1)]);
+        Fetched<Type, true> fetched;
+        fetched.ask(r, v, p.V);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int first = group + c * kChunk;
-        float x[4], mass[4];
-        widen_four<Type>(held[c], x);
+        for (int c = 0; c < 4; ++c) {
+          const i64 at = min(next + c * kChunk, p.V - 1);
+          prefetch_l2(r.logits + at * (Type == kF32 ? 4 : 2));
+          if (r.counts != nullptr) prefetch_l2(r.counts + at * 4);
+        }
+        Raw<kF32> held[4];
+        fetched.use(held, r, o, v, p.V);
+        take(held, list[j]);
+      }
+    } else {
+#pragma unroll 1
+      for (; j < found; j += kNearAhead * step) {
+        Fetched<Type, false> fetched[kNearAhead];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) mass[i] = exp2_fast(__fmaf_rn(x[i], scale, shift));
+        for (int u = 0; u < kNearAhead; ++u) {
+          if (j + u * step < found) fetched[u].ask(r, first_of_group(list[j + u * step]), p.V);
+        }
 #pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          // Of equal logits those with lower ids come first.
-          const float least = first + 4 <= ids[q] ? equal[q] : beyond[q];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) above[q] += x[i] >= least ? mass[i] : 0.0f;
-          if (first / 4 != ids[q] / 4) continue;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) above[q] += first + i < ids[q] && x[i] >= equal[q] && x[i] < beyond[q] ? mass[i] : 0.0f;
+        for (int u = 0; u < kNearAhead; ++u) {
+          if (j + u * step < found) take(fetched[u].raw, list[j + u * step]);
         }
       }
     }
   }
 
-  // The same after temperature, token by token, as a sum of whole numbers.
-  ATTNKIT_DEVICE void add_near_exactly(int found, const Place& one, const Place& two, u32 (&above)[2]) const {
-#pragma unroll 1
-    for (int k = threadIdx.x; k < 4 * found; k += kArriveThreads) {
-      const int v = first_of_group(marks[k / 4]) + k % 4 * kChunk;
-      float x[4];
-      load_chunk<Type, false>(x, r, o, v, p.V);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float l = tempered(x[i], o);
-        const u32 mass = __float2uint_rn(exp2_fast((l - top) * kLog2e) * unit);
-        above[0] += one.after(l, v + i) ? mass : 0;
-        above[1] += two.after(l, v + i) ? mass : 0;
-      }
+  // What precedes the probes in groups whose peak reaches ``least``, as a sum of floats. A warp lists its own; a thread has
+  // several on their way.
+  template <int N>
+  ATTNKIT_DEVICE void add_near(float least, const Edge (&edge)[N], float (&above)[N]) const {
+    const int pieces = n / 32, first = pieces * warp / kArriveWarps, last = pieces * (warp + 1) / kArriveWarps;
+    u16* const list = marks + first * 32;
+    int found = 0;
+#pragma unroll 4
+    for (int i = first * 32 + lane; i < last * 32; i += 32) {
+      const bool mine = groups[i].x >= least;
+      const u32 is = __ballot_sync(0xffffffffu, mine);
+      if (mine) list[found + __popc(is & ((1u << lane) - 1))] = static_cast<u16>(number_of(i));
+      found += __popc(is);
     }
+    __syncwarp();
+    read_groups(list, found, lane, 32, [&](const Raw<kHeld>(&raw)[4], int number) { add_group(raw, number, edge, above); });
+  }
+
+  // The same after temperature, as a sum of whole numbers, one a token.
+  ATTNKIT_DEVICE void add_near_exactly(int found, const Place& one, const Place& two, u32 (&above)[2]) const {
+    read_groups(marks, found, threadIdx.x, kArriveThreads, [&](const Raw<kHeld>(&raw)[4], int number) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float x[4];
+        widen_four<kHeld>(raw[c], x);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int id = first_of_group(number) + c * kChunk + i;
+          const float l = tempered(x[i], o);
+          const u32 mass = __float2uint_rn(exp2_fast((l - top) * kLog2e) * unit);
+          above[0] += one.after(l, id) ? mass : 0;
+          above[1] += two.after(l, id) ? mass : 0;
+        }
+      }
+    });
   }
 
   ATTNKIT_DEVICE const u32* add_up_two(u32 one, u32 two) {
@@ -447,22 +532,42 @@ struct ArriveRow {
     return add_up<2>((lane & 1) != 0 ? two : one);
   }
 
+  // Whether probes are kept, a bit each, by sums of floats; false if those are too close to what is wanted.
+  template <int N>
+  ATTNKIT_DEVICE bool weigh_roughly(const Place (&probes)[N], u32& kept) {
+    Edge edge[N];
+    float mass[N], least = -negative_infinity();
+    bool plain = fabsf(largest * scale) < 64.0f;
+#pragma unroll
+    for (int q = 0; q < N; ++q) {
+      edge[q].id = probes[q].id, mass[q] = 0.0f;
+      plain = edges(probes[q].logit, edge[q].equal, edge[q].beyond) && plain;
+      least = fminf(least, from(probes[q].logit));
+    }
+    if (!plain) return false;
+    add_near(least, edge, mass);
+    const u32* const above = add_up_two(__float2uint_rn(mass[0] * unit), __float2uint_rn(mass[N - 1] * unit));
+    bool sure = true;
+    kept = 0;
+#pragma unroll
+    for (int q = 0; q < N; ++q) {
+      kept |= (above[q] + margin() < wanted ? 1u : 0u) << q;
+      sure = sure && (above[q] + margin() < wanted || above[q] >= wanted + margin());
+    }
+    return sure;
+  }
+
   // Whether two probes are kept: bit 0 and bit 1.
   ATTNKIT_DEVICE u32 weigh(const Place& one, const Place& two) {
-    const int found = list_near(fminf(from(one.logit), from(two.logit)));
-    float equal[2], beyond[2];
-    const bool first = edges(one.logit, equal[0], beyond[0]), second = edges(two.logit, equal[1], beyond[1]);
-    if (first && second && fabsf(largest * scale) < 64.0f) {
-      const int ids[2] = {one.id, two.id};
-      float mass[2] = {0.0f, 0.0f};
-      add_near(found, ids, equal, beyond, mass);
-      const u32* const above = add_up_two(__float2uint_rn(mass[0] * unit), __float2uint_rn(mass[1] * unit));
-      const u32 kept = (above[0] + margin() < wanted ? 1 : 0) | (above[1] + margin() < wanted ? 2 : 0);
-      const u32 refused = (above[0] >= wanted + margin() ? 1 : 0) | (above[1] >= wanted + margin() ? 2 : 0);
-      if ((kept | refused) == 3) return kept;
+    const Place alone[1] = {one}, both[2] = {one, two};
+    u32 kept;
+    if (one.id == two.id) {
+      if (weigh_roughly<1>(alone, kept)) return kept | kept << 1;
+    } else if (weigh_roughly<2>(both, kept)) {
+      return kept;
     }
     u32 mass[2] = {0, 0};
-    add_near_exactly(found, one, two, mass);
+    add_near_exactly(list_near(fminf(from(one.logit), from(two.logit))), one, two, mass);
     const u32* const above = add_up_two(mass[0], mass[1]);
     return (above[0] < wanted ? 1 : 0) | (above[1] < wanted ? 2 : 0);
   }
@@ -499,7 +604,7 @@ struct ArriveRow {
       const float base = fminf(groups[i].x, kF32Max);
       if (!(base > negative_infinity()) || !(any || base >= least)) continue;
       const int number = number_of(i), v = first_of_group(number);
-      const auto chunk = [&](int c, float(&x)[4]) { load_chunk<Type, false>(x, r, o, v + c * kChunk, p.V); };
+      const auto chunk = [&](int c, float(&x)[4]) { load_chunk<Type, Penalised>(x, r, o, v + c * kChunk, p.V); };
       u32 w[4];
       philox_words(seed, offset, kOfGroups, static_cast<u32>(number / 128 * 32 + number % 32), w);
       const u32 word = one_of(w, number / 32);
@@ -524,7 +629,7 @@ struct ArriveRow {
 #pragma unroll 1
       for (int c = 0; c < 4 && fminf(groups[i].x, kF32Max) == here; ++c) {
         float x[4];
-        load_chunk<Type, false>(x, r, o, v + c * kChunk, p.V);
+        load_chunk<Type, Penalised>(x, r, o, v + c * kChunk, p.V);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (fminf(x[j], kF32Max) == here) best = max(best, pack_best(here, v + c * kChunk + j));
@@ -534,25 +639,39 @@ struct ArriveRow {
     return best_id(best_of_all(best, unused, 0));
   }
 
+  // Nothing is told, once all have read what was. A probe may have been weighed meanwhile: the words' room is a list then.
+  ATTNKIT_DEVICE void start_over() {
+    cluster_sync();
+    forget_told();
+    load_words();
+    cluster_sync();
+  }
+
   // Tokens that arrive early: first of all groups, some ten, in which most rows find one that is kept; then of those that may
   // have open tokens, so many that one is surely kept; then, for what is odd, one by one by all of the row.
   ATTNKIT_DEVICE int choose() {
     if (o.cold) return choose_largest();
+    // Of small p few tokens are kept; of a row that many CTAs share each has room for few that it tells.
+    const float some = fminf(6.0f * reciprocal(fmaxf(top_p, 0.1f)) + 2.0f, size <= 2 ? 32.0f : 16.0f);
+    float time = some * reciprocal(whole);
     u64 last = 0;
+    bool shorter = false;
 #pragma unroll 1
-    for (int round = 0, half = 0; round < 3;) {
+    for (int round = 0, half = 0, tells = 0; round < 3;) {
       if (round < 2 && last == 0) {
-        const float some = fminf(6.0f * reciprocal(fmaxf(top_p, 0.1f)) + 2.0f, 16.0f), enough = 16.0f * reciprocal(fmaxf(top_p, 1e-3f));
-        tell_early((round == 0 ? some : enough) * reciprocal(whole));
+        tell_early(time);
+        if (s.over != 0 && tells < 8) {
+          start_over();
+          ++tells, time *= 0.35f, shorter = true;
+          continue;
+        }
         last = ~0ull;
       }
       const int found = round < 2 ? next_told(last) : first_open(half ^= 1);
       if (found == 0) {
-        cluster_sync();  // what was told has been read
-        forget_told();
-        load_words();  // a probe may have been weighed meanwhile
-        cluster_sync();
-        ++round, last = 0;
+        start_over();
+        if (!shorter || ++tells >= 8) ++round;
+        last = 0, shorter = false, time = 16.0f * reciprocal(fmaxf(top_p, 1e-3f)) * reciprocal(whole);
         continue;
       }
       if (top_p >= 1.0f) return s.probes[0].id;
@@ -581,27 +700,29 @@ struct ArriveRow {
   }
 };
 
-template <int Type>
+template <int Type, bool Penalised>
 ATTNKIT_DEVICE void sample_arrive(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
   ArriveShared& s = *reinterpret_cast<ArriveShared*>(memory);
   const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int b = static_cast<int>(blockIdx.x) / size, n = (p.blocks - rank + size - 1) / size * (kBlock / 16);
-  // This grid started when all before the first launch had ended: a row's options are there.
+  if (threadIdx.x < 3 * 2 * kProbes) s.above[0][threadIdx.x] = 0;
+  cluster_arrive();
+  wait_for_previous_grid();
+  launch_dependents();
   const RawOptions raw(p, b);
   const float top_p = option(p.top_p, p.top_p_value, b);
+  if (Penalised && p.listed != 0 && top_p >= kCutFrom) {  // the other launch's row: all of the cluster leave
+    cluster_wait();
+    return;
+  }
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
   float2* const groups = reinterpret_cast<float2*>(memory + sizeof(ArriveShared));
-  ArriveRow<Type> row{p, s, groups, reinterpret_cast<u16*>(groups + n), b, size, rank, n, r, o, top_p, o.rt * kLog2e,
+  ArriveRow<Type, Penalised> row{p, s, groups, reinterpret_cast<u16*>(groups + n), b, size, rank, n, r, o, top_p, o.rt * kLog2e,
                                  static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
-  if (threadIdx.x < 3 * 2 * kProbes) s.above[0][threadIdx.x] = 0;
   row.forget_told();
-  cluster_arrive();
-  row.load_words();
-  wait_for_previous_grid();
-  launch_dependents();
-  if (!row.load()) {
+  if (!row.add_up_row(row.take_in())) {
     row.write(0, false);
     return;
   }

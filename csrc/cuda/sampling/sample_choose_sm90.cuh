@@ -9,9 +9,6 @@
 
 namespace attnkit::sampling {
 
-ATTNKIT_DEVICE void store_remote(u32 to, u64 x) { asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(to), "l"(x) : "memory"); }
-ATTNKIT_DEVICE void add_remote(u32 to, u32 x) { asm volatile("red.shared::cluster.add.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory"); }
-
 template <int Type, bool Penalised>
 struct CutRow {
   static constexpr int kHeldType = Penalised ? kF32 : Type;

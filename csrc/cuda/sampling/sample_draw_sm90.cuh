@@ -52,9 +52,7 @@ struct DrawWork {
         u64* const at = reinterpret_cast<u64*>(p.state + 4 * b);
         int* const arrived = p.state + 4 * b + 2;
         if (top != 0) atomicMax(at, top);
-        int old;
-        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(arrived), "r"(blocks) : "memory");
-        last = old + blocks == p.blocks;
+        last = add_release(arrived, blocks) + blocks == p.blocks;
         if (last) {
           top = atomicExch(at, 0ull);
           *arrived = 0;

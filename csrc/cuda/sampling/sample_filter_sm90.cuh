@@ -61,12 +61,14 @@ ATTNKIT_DEVICE u32 remote_address(const void* p, u32 cta) {
   return r;
 }
 ATTNKIT_DEVICE void store_remote(u32 to, u32 x) { asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory"); }
+ATTNKIT_DEVICE void store_remote(u32 to, u64 x) { asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(to), "l"(x) : "memory"); }
 ATTNKIT_DEVICE void store_remote(u32 to, float2 x) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x.x), "f"(x.y) : "memory");
 }
 ATTNKIT_DEVICE void store_remote(u32 to, uint4 x) {
   asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
+ATTNKIT_DEVICE void add_remote(u32 to, u32 x) { asm volatile("red.shared::cluster.add.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory"); }
 ATTNKIT_DEVICE u32 load_remote(u32 from) {
   u32 x;
   asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");

@@ -14,16 +14,23 @@ GROUP = 16
 #: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
 STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
+#: Threads of the ring kernel, sizeof(RingShared) and sizeof(RingRow) in csrc/cuda/sampling/sample_ring_sm90.cuh, and more than
+#: half of a multiprocessor's shared memory: were there room for two, some would get two CTAs of the next grid and others none.
+RING_THREADS, RING_BYTES, RING_ROW_BYTES, RING_ALONE = 512, 70912, 48, 116 * 1024
+#: Blocks of a multiprocessor at the least, CTAs that share a row and rows of a CTA at the most.
+RING_BLOCKS, RING_PARTS, RING_ROWS = 12, 5, 1024
 #: sizeof(CutShared) in csrc/cuda/sampling/sample_share_sm90.cuh, and how many tokens of 8 bytes each thread lists after it.
 CUT_BYTES, CUT_ROOM = 20944, 46
 #: CTAs that a row is shared by at most, and blocks of a share.
 MOST_PARTS, MOST_BLOCKS = 8, 448
 #: Fewer rows are read sooner by other kernels.
 LEAST_CUT_ROWS = 16
-#: Threads of the second kernel for top-p alone, its CTAs on a multiprocessor, and sizeof(ArriveShared) in
+#: Of top-p with penalties: from this p on that kernel is the sooner. Mirrors csrc/cuda/sampling/sample_split_sm90.cuh.
+CUT_FROM = 0.6
+#: CTAs on a multiprocessor of the kernel for top-p alone, and sizeof(ArriveShared) in
 #: csrc/cuda/sampling/sample_arrive_sm90.cuh, which 10 bytes for each of its groups follow, so many at the most.
-ARRIVE_THREADS, ARRIVE_CTAS, ARRIVE_BYTES = 256, 4, 2176
-MOST_LOCAL = 5376
+ARRIVE_CTAS, ARRIVE_BYTES = 2, 2272
+MOST_LOCAL = 11000
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
@@ -42,6 +49,26 @@ def draw(kind: int, penalised: bool, greedy: bool) -> Variant:
     return variant("sampling/sample_draw_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
+def ring() -> Variant:
+    """csrc/cuda/sampling/sample_ring_sm90.cu: greedy and plain temperature of many rows, one CTA a multiprocessor."""
+    return variant("sampling/sample_ring_sm90.cu", {})
+
+
+def fits_ring(kind: int, B: int, V: int, aligned: bool, sms: int) -> bool:
+    """Whether the ring kernel is the sooner: float32 in rows that bulk copies may bring, enough blocks, few CTAs that share a
+    row, and few rows of a CTA. Ids have 20 bits there."""
+    blocks = -(-V // BLOCK)
+    few = RING_PARTS * B >= sms and B <= RING_ROWS * sms
+    return kind == F32 and aligned and few and V <= 1 << 20 and B * blocks >= RING_BLOCKS * sms
+
+
+def ring_bytes(B: int, V: int, sms: int) -> int:
+    """Shared memory of the CTA with the most rows."""
+    blocks = -(-V // BLOCK)
+    rows = min(B, -(-B * blocks // sms) // blocks + 2)
+    return max(RING_BYTES + RING_ROW_BYTES * rows, RING_ALONE)
+
+
 def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
     """csrc/cuda/sampling/sample_topk_sm90.cuh's two kernels: top-k up to MOST_LISTED, top-p and min-p with it."""
     values = {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)}
@@ -49,15 +76,20 @@ def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
     return first, variant("sampling/sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
 
 
-def top_p(kind: int) -> tuple[Variant, Variant]:
-    """csrc/cuda/sampling/sample_arrive_sm90.cuh's two kernels: top-p without top-k, min-p and penalties."""
-    first = variant("sampling/sample_masses_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_CTAS": STREAM_CTAS})
-    return first, variant("sampling/sample_arrive_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_CTAS": ARRIVE_CTAS})
+def arrive_threads(kind: int, penalised: bool) -> int:
+    """Threads of a CTA: 16-bit logits leave them registers enough to be twice as many."""
+    return 256 if penalised or kind == F32 else 512
+
+
+def top_p(kind: int, penalised: bool) -> Variant:
+    """csrc/cuda/sampling/sample_arrive_sm90.cu: top-p without top-k and min-p."""
+    values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": ARRIVE_CTAS, "THREADS": arrive_threads(kind, penalised)}
+    return variant("sampling/sample_arrive_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
 def fits_by_arrival(V: int) -> bool:
-    """Whether a cluster holds a row's groups."""
-    return groups(V) <= MOST_PARTS * MOST_LOCAL
+    """Whether a cluster holds a row's groups, whose numbers have 16 bits."""
+    return groups(V) < min(1 << 16, MOST_PARTS * MOST_LOCAL)
 
 
 def groups(V: int) -> int:
@@ -66,10 +98,11 @@ def groups(V: int) -> int:
 
 
 def arrive_parts(B: int, V: int, sms: int) -> int:
-    """CTAs that share a row of the second kernel for top-p alone: as many as find room at the same time."""
+    """CTAs that share a row of the kernel for top-p alone: as many as find room at the same time for all rows, and two at the
+    least, as one would read a row again for long."""
     slots = ARRIVE_CTAS * sms
-    fitting = (n for n in range(MOST_PARTS, 1, -1) if n * B <= slots * (1.0 if n == 2 else 0.94))
-    return min(max(next(fitting, 1), -(-groups(V) // MOST_LOCAL)), -(-V // BLOCK))
+    fitting = (n for n in range(MOST_PARTS, 2, -1) if n * B <= slots * 0.94)
+    return min(max(next(fitting, 2), -(-groups(V) // MOST_LOCAL)), -(-V // BLOCK))
 
 
 def arrive_bytes(V: int, parts: int) -> int:
@@ -136,5 +169,5 @@ def shipped() -> list[Variant]:
     cuts = [filters(kind, penalised, 3) for kind in kinds for penalised in (False, True)]
     cuts += [cut(kind, penalised) for kind in kinds for penalised in (False, True)]
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
-    arrivals = [v for kind in kinds for v in top_p(kind)]
-    return [*draws, *cuts, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]
+    arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
+    return [ring(), *draws, *cuts, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]

@@ -1,7 +1,0 @@
-// One build of the first kernel for top-p alone; attnkit/backends/cuda/sampling.py names it by macros.
-#include "sample_arrive_sm90.cuh"
-
-extern "C" __global__ void __launch_bounds__(attnkit::sampling::kSampleThreads, ATTNKIT_CTAS)
-    attnkit_sample_masses(const __grid_constant__ attnkit::sampling::SampleParams params) {
-  attnkit::sampling::sample_masses<ATTNKIT_TYPE>(params);
-}

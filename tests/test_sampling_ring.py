@@ -1,0 +1,81 @@
+"""Plain draws of many rows of float32, which the ring kernel takes: the reference's tokens, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnkit
+from attnkit.backends.cuda.builds import sampling as builds
+from attnkit.sampling import KERNELS
+from tests.kernels import every, skip_if_declined
+from tests.test_sampling_large import chooser, normal
+
+gpu = pytest.mark.gpu
+CUDA = [p for p in every(KERNELS) if p.id == "cuda_sm90"]
+#: (B, V, V with what lies between rows). One row a CTA and many; rows that end in a block, and in four tokens.
+SHAPES = [
+    (32, 131072, 131072),
+    (128, 131072, 131072),
+    (270, 33000, 33000),
+    (160, 32003, 32012),
+    (64, 100001, 100004),
+    (2000, 2500, 2500),
+    (30, 1048576, 1048576),
+]
+
+
+def rings(B: int, V: int, aligned: bool = True, kind: int = builds.F32) -> bool:
+    return builds.fits_ring(kind, B, V, aligned, 132)
+
+
+def test_what_goes_to_the_ring():
+    assert all(rings(B, V) for B, V, _ in SHAPES)
+    assert not rings(128, 131072, aligned=False) and not rings(128, 131072, kind=builds.BF16)
+    assert not rings(1, 131072) and not rings(16, 131072)  # few blocks
+    assert not rings(20, 1000000)  # many CTAs a row
+    assert not rings(64, 1048577) and not rings(200000, 2048)  # long ids, many rows a CTA
+    assert builds.ring_bytes(128, 131072, 132) == builds.RING_ALONE
+    assert builds.ring_bytes(132 * builds.RING_ROWS, 2048, 132) <= 227 * 1024
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_tokens_as_the_reference(shape, impl, device):
+    """Rows of every temperature side by side, greedy ones too; NaN, +inf once and twice, nothing at all among them."""
+    B, V, pitch = shape
+    one_of = chooser(B)
+    wide = torch.full((B, pitch), float("nan"), device=device)
+    x = wide[:, :V]
+    x.copy_(normal(B, V, seed=B))
+    x[B // 5, V // 3] = float("inf")
+    x[B // 4, [5, V - 1]] = float("inf")
+    x[B // 3, V - 1] = float("nan")
+    x[B // 2] = -float("inf")
+    x[B - 1, 1:] = -float("inf")
+    x[B - 2] = 0.5
+    for temperature in (one_of(1.0, 0.7, 1.5, 9.0, 0.0), 0.8, 0.0):
+        o = {"seed": torch.arange(B, device=device) * 977, "offset": 3, "temperature": temperature}
+        want = attnkit.sample(x, impl="torch", **o)
+        for _ in range(3):
+            out = torch.full((B,), -7, device=device)
+            got = skip_if_declined(lambda o=o, out=out: attnkit.sample(x, impl=impl, out=out, **o))
+            assert torch.equal(got.valid, want.valid)
+            assert (got.tokens != want.tokens).sum() <= B // 64
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+def test_launches_after_one_another(impl, device):
+    """The next grid starts while one ends: each finds what CTAs meet in as it was at first."""
+    x, o = normal(128, 131072), {"seed": 5, "temperature": torch.full((128,), 0.8, device=device)}
+    small = normal(40, 131072)
+    want, fewer = (attnkit.sample(y, impl="torch", **(o | {"temperature": 0.8})).tokens for y in (x, small))
+    found = []
+    for _ in range(200):
+        found.append((skip_if_declined(lambda: attnkit.sample(x, impl=impl, **o)).tokens, want))
+        found.append((attnkit.sample(small, impl=impl, seed=5, temperature=0.8).tokens, fewer))
+    for got, expected in found:
+        assert torch.equal(got, found[0][0] if expected is want else found[1][0])
+        assert (got != expected).sum() <= 2
