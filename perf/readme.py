@@ -15,31 +15,32 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->\n"
 #: Case -> what a reader calls it; in this order.
 SHOWN = {
-    "B1-L8192-Hq32-Hkv8-D128-S16-bf16": "Prefill, 1 x 8k, 32/8 heads",
-    "B1-L32768-Hq32-Hkv8-D128-S16-bf16": "Prefill, 1 x 32k, 32/8",
-    "B16-L1024-Hq32-Hkv8-D128-S16-bf16": "Prefill, 16 x 1k, 32/8",
-    "B32-L512-Hq32-Hkv8-D128-S16-bf16": "Prefill, 32 x 512, 32/8",
-    "B4-n512-L8192-Hq32-Hkv8-D128-S16-bf16": "Prefill, 4 x 512 tokens on 8k",
-    "B4-n512-L8192-Hq32-Hkv8-D128-S16-bf16-fp8kv": "Prefill, the same, e4m3 cache",
-    "B1-n256-L65536-Hq8-Hkv1-D128-S16-bf16": "Prefill, 256 tokens on 64k, 8/1",
-    "B64-L4096-Hq32-Hkv8-D128-S16-bf16": "Decode, 64 x 4k, 32/8",
-    "B64-L4096-Hq32-Hkv8-D128-S16-bf16-fp8kv": "Decode, the same, e4m3 cache",
-    "B1-L1024-Hq32-Hkv8-D128-S16-bf16": "Decode, 1 x 1k, 32/8",
-    "B64-L64k+63x700-Hq32-Hkv8-D128-S16-bf16": "Decode, one 64k among 63 of 700",
-    "B32-L4096-Hq32-Hkv8-D128-S16-bf16-Q4": "Decode, 4 query tokens, 32 x 4k",
-    "B64-L16384-H16-S64-bf16": "MLA decode, 64 x 16k, 16 heads",
-    "B32-L4096-H128-S64-bf16": "MLA decode, 32 x 4k, 128 heads",
-    "B1-L8192-H128-S64-bf16": "MLA decode, 1 x 8k, 128 heads",
-    "M1-N28672-K4096-int8": "W8A8, M=1, 28672 x 4096",
-    "M64-N28672-K4096-int8": "W8A8, M=64",
-    "M256-N28672-K4096-int8": "W8A8, M=256",
-    "M4096-N28672-K4096-int8": "W8A8, M=4096",
-    "linear-M16-N28672-K4096-int8": "Quantise + W8A8, M=16",
-    "B32-V131072-k50-p0.9-fp32": "Sample, top-k + top-p, 32 x 131k",
-    "B128-V131072-k50-p0.9-fp32": "Sample, top-k + top-p, 128 x 131k",
-    "B128-V131072-p0.9-fp32": "Sample, top-p 0.9, 128 x 131k",
-    "B256-V131072-temperature-fp32": "Sample, temperature, 256 x 131k",
-    "B128-V131072-greedy-fp32": "Sample, greedy, 128 x 131k",
+    ("prefill", "B1-L8192-Hq32-Hkv8-D128-S16-bf16"): "Prefill, 1 x 8k, 32/8 heads",
+    ("prefill", "B1-L32768-Hq32-Hkv8-D128-S16-bf16"): "Prefill, 1 x 32k, 32/8",
+    ("prefill", "B16-L1024-Hq32-Hkv8-D128-S16-bf16"): "Prefill, 16 x 1k, 32/8",
+    ("prefill", "B32-L512-Hq32-Hkv8-D128-S16-bf16"): "Prefill, 32 x 512, 32/8",
+    ("prefill", "B4-n512-L8192-Hq32-Hkv8-D128-S16-bf16"): "Prefill, 4 x 512 tokens on 8k",
+    ("prefill", "B4-n512-L8192-Hq32-Hkv8-D128-S16-bf16-fp8kv"): "Prefill, the same, e4m3 cache",
+    ("prefill", "B1-n256-L65536-Hq8-Hkv1-D128-S16-bf16"): "Prefill, 256 tokens on 64k, 8/1",
+    ("decode", "B64-L4096-Hq32-Hkv8-D128-S16-bf16"): "Decode, 64 x 4k, 32/8",
+    ("decode", "B64-L4096-Hq32-Hkv8-D128-S16-bf16-fp8kv"): "Decode, the same, e4m3 cache",
+    ("decode", "B1-L1024-Hq32-Hkv8-D128-S16-bf16"): "Decode, 1 x 1k, 32/8",
+    ("decode", "B64-L64k+63x700-Hq32-Hkv8-D128-S16-bf16"): "Decode, one 64k among 63 of 700",
+    ("decode", "B32-L4096-Hq32-Hkv8-D128-S16-bf16-Q4"): "Decode, 4 query tokens, 32 x 4k",
+    ("mla", "B64-L16384-H16-S64-bf16"): "MLA decode, 64 x 16k, 16 heads",
+    ("mla", "B32-L4096-H128-S64-bf16"): "MLA decode, 32 x 4k, 128 heads",
+    ("mla", "B1-L8192-H128-S64-bf16"): "MLA decode, 1 x 8k, 128 heads",
+    ("gemm", "M1-N28672-K4096-int8"): "W8A8, M=1, 28672 x 4096",
+    ("gemm", "M64-N28672-K4096-int8"): "W8A8, M=64",
+    ("gemm", "M256-N28672-K4096-int8"): "W8A8, M=256",
+    ("gemm", "M4096-N28672-K4096-int8"): "W8A8, M=4096",
+    ("gemm", "linear-M16-N28672-K4096-int8"): "Quantise + W8A8, M=16",
+    ("sampling", "B32-V131072-k50-p0.9-fp32"): "Sample, top-k + top-p, 32 x 131k",
+    ("sampling", "B128-V131072-k50-p0.9-fp32"): "Sample, top-k + top-p, 128 x 131k",
+    ("sampling", "B128-V131072-p0.9-fp32"): "Sample, top-p 0.9, 128 x 131k",
+    ("sampling", "B256-V131072-temperature-fp32"): "Sample, temperature, 256 x 131k",
+    ("sampling", "B128-V131072-greedy-fp32"): "Sample, greedy, 128 x 131k",
+    ("hidden", "B32-V131072-H4096-temperature-bf16"): "Product and draw, 32 x 131k x 4096",
 }
 FAMILIES = {
     "prefill": "prefill",
@@ -51,11 +52,11 @@ FAMILIES = {
 }
 
 
-def first_rows(receipt: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each case by the kernel that serves it (the first that was timed)."""
-    rows: dict[str, dict[str, Any]] = {}
+def first_rows(receipt: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Each case, by family and name, by the kernel that serves it (the first that was timed)."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in receipt["rows"]:
-        rows.setdefault(row["case"], row)
+        rows.setdefault((row["family"], row["case"]), row)
     return rows
 
 
@@ -69,7 +70,7 @@ def _line(label: str, row: dict[str, Any]) -> str:
     return f"| {label} | {row['impl']} | {us} | {rate} | {row['roof_pct']:.0f}% | {peer} {them} us | {theirs / row['us']:.2f} |"
 
 
-def _means(rows: dict[str, dict[str, Any]]) -> str:
+def _means(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     parts = []
     for family, name in FAMILIES.items():
         ratios = []

@@ -10,6 +10,7 @@ from attnkit import PageTable, reference, workload, workspace
 from attnkit.workload import Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
 from attnkit.workload_cache import Merge, WriteKv, WriteLatent
+from attnkit.workload_hidden import SampleFromHidden
 from tests.close import assert_close
 from tests.kernels import device_of, skip_if_declined
 
@@ -25,6 +26,8 @@ CASES: list[Case] = [
     Decode(B=48, L=UNEVEN * 8, Hq=32, Hkv=8, kv="fp8", label="decode-fp8-by-twos"),
     Decode(B=2, L=(2000, 700), Hq=12, Hkv=2, label="decode-cluster"),
     Decode(B=48, L=UNEVEN * 8, Hq=32, Hkv=8, label="decode-charged"),
+    Decode(B=1, L=60000, Hq=12, Hkv=2, label="decode-share"),
+    Decode(B=1, L=60000, Hq=32, Hkv=1, label="decode-share-32-rows"),
     Prefill(B=6, L=UNEVEN, Hq=8, Hkv=2, label="prefill"),
     Prefill(B=2, n=64, L=(9000, 4100), Hq=8, Hkv=1, label="prefill-chunk"),
     Prefill(B=6, L=UNEVEN, Hq=8, Hkv=2, kv="fp8", label="prefill-fp8"),
@@ -39,8 +42,12 @@ CASES: list[Case] = [
     Quantize(M=300, K=4096),
     Sample(B=5, V=131072, top_k=50, top_p=0.9),
     Sample(B=5, V=50257, top_p=0.95, dtype="bf16"),
+    Sample(B=5, V=50257, top_p=0.1, penalties=True),
     Sample(B=5, V=151936),
     Sample(B=5, V=131072, top_k=1000, min_p=0.01, penalties=True),
+    SampleFromHidden(B=5, V=50257, H=768),
+    SampleFromHidden(B=32, V=20000, H=1032, temperature=0.0),
+    SampleFromHidden(B=9, V=20000, H=1032, top_k=50, top_p=0.9),
     WriteKv(T=300, Hkv=8, kv="fp8"),
     WriteLatent(T=300),
     Merge(T=70, Hq=32),
@@ -89,6 +96,7 @@ def test_250_repeats_and_10000_undrained_launches(case, kernel):
     gpu_pairs(
         [
             Decode(B=4, L=1024, Hq=8, Hkv=2, label="decode-cluster"),
+            Decode(B=2, L=30000, Hq=12, Hkv=2, label="decode-share"),
             Prefill(B=4, n=96, L=1024, Hq=8, Hkv=2),
             Prefill(B=2, n=64, L=8192, Hq=8, Hkv=1),
             MlaDecode(B=4, L=2048, H=16),
@@ -97,7 +105,7 @@ def test_250_repeats_and_10000_undrained_launches(case, kernel):
     ),
 )
 def test_a_captured_graph_replays_over_100_sets_of_lens(case, kernel):
-    """Lengths (and for prefill the queries' bounds) change under a captured graph; decode's, but for clusters, is in test_faults.py."""
+    """Lengths (and for prefill the queries' bounds) change under a captured graph; decode's other forms are in test_faults.py."""
     x = case.build(torch.device("cuda"))
     run = case.call(x, kernel)
     right(case, x, run)
