@@ -41,9 +41,12 @@ def draw(hidden, weight, impl, **options):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_same_tokens_as_sample(options, dtype, impl, device):
+    interpreted = impl.startswith("triton") and device == "cpu"
+    if interpreted and dtype != torch.float32:
+        pytest.skip("long in Triton's interpreter")
     hidden, weight = operands(6, 1003, 72, device, dtype)
     logits = logits_of(hidden, weight)
-    for seed in range(3):
+    for seed in range(1 if interpreted else 3):
         got = draw(hidden, weight, impl, seed=seed * 1000, offset=seed, **options)
         want = attnkit.sample(logits, impl="torch", seed=seed * 1000, offset=seed, **options)
         assert torch.equal(got.tokens, want.tokens)
