@@ -301,7 +301,11 @@ ATTNKIT_DEVICE void tma_load_4d(u32 to, const void* map, u32 barrier, int x, int
       : "memory");
 }
 
-// Brings a box into L2 only.
+// Bring a box into L2 only.
+ATTNKIT_DEVICE void tma_prefetch_2d(const void* map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
+
 ATTNKIT_DEVICE void tma_prefetch_3d(const void* map, int x, int y, int z) {
   asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
 }

@@ -106,10 +106,6 @@ struct SkinnyWork {
   }
 };
 
-ATTNKIT_DEVICE void prefetch_l2_2d(const void* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
-
 // One thread, as soon as the CTA is there. Weights that an earlier kernel may still be writing go no further than L2 before
 // the wait: a line there cannot become stale, a copy in shared memory would.
 template <class Shape>
@@ -118,7 +114,7 @@ ATTNKIT_DEVICE void skinny_prefetch(const SkinnyParams& p, const SkinnyWork& wor
   for (int i = work.first; i < end; ++i) {
 #pragma unroll
     for (int plane = 0; plane < Shape::Planes; ++plane) {
-      prefetch_l2_2d(&p.w_map, i * Shape::Slice + plane * 128, work.tile * Shape::BN);
+      tma_prefetch_2d(&p.w_map, i * Shape::Slice + plane * 128, work.tile * Shape::BN);
     }
   }
 }

@@ -144,11 +144,6 @@ struct GemmWalk {
   ATTNKIT_DEVICE void next() { tile += gridDim.x >> shift(); }
 };
 
-// Brings a box into L2 only.
-ATTNKIT_DEVICE void tma_prefetch_2d(const void* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
-
 // Until the previous grid has ended nothing that it may write can be read; but the first weights can come as near as L2.
 // More than 48 KB of them hold up the slices that follow.
 template <class Shape>

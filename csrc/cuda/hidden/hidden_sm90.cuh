@@ -96,10 +96,6 @@ struct TilePlace {
       : first(p.out == nullptr ? first_of_tile(tile) : tile * kTile), apart(p.out == nullptr ? kChunk : kStretch) {}
 };
 
-ATTNKIT_DEVICE void prefetch_l2_2d(const void* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
-
 // One thread, as soon as the CTA is there. Weights that an earlier kernel may still be writing go no further than L2 before
 // the wait: a line there cannot become stale, a copy in shared memory would.
 template <class Shape>
@@ -112,7 +108,7 @@ ATTNKIT_DEVICE void prefetch(const HiddenParams& p, Work work) {
 #pragma unroll
     for (int plane = 0; plane < Shape::Planes; ++plane) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) prefetch_l2_2d(&p.w_map, (i * Shape::Planes + plane) * 64, at.first + c * at.apart);
+      for (int c = 0; c < 4; ++c) tma_prefetch_2d(&p.w_map, (i * Shape::Planes + plane) * 64, at.first + c * at.apart);
     }
   }
 }
