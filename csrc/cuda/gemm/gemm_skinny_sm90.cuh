@@ -9,6 +9,7 @@
 // ever writes to the ring.
 #pragma once
 #include "gemm_epilogue.cuh"
+#include "../common/ring.cuh"
 #include "../common/wgmma_q8_sm90.cuh"
 
 namespace attnkit {
@@ -83,15 +84,6 @@ struct SkinnyShared {
   }
 };
 
-struct SkinnyRing {
-  int stages, stage = 0;
-  u32 parity = 0;
-  ATTNKIT_DEVICE explicit SkinnyRing(int stages) : stages(stages) {}
-  ATTNKIT_DEVICE void next() {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
-
 // This CTA's tiles and its stretch of K.
 struct SkinnyWork {
   int rank, first, last;  // in the cluster; slices
@@ -126,7 +118,7 @@ ATTNKIT_DEVICE void skinny_load(const SkinnyParams& p, const SkinnyShared<Shape>
   tma_prefetch_map(&p.a_map);
   wait_for_previous_grid();
   const u64 once = evict_first_policy();
-  SkinnyRing ring(p.stages);
+  StageRing ring(p.stages);
   for (; work.tile < p.tiles; work.tile += work.stride) {
     for (int i = work.first; i < work.last; ++i) {
       const u32 full = s.full + 8 * ring.stage, a_to = s.ring + ring.stage * s.slice, w_to = a_to + s.w_at;
@@ -163,7 +155,7 @@ struct SkinnyConsumer {
   const SkinnyShared<Shape>& s;
   const SkinnyWork& work;
   const int thread, group;
-  SkinnyRing ring;
+  StageRing ring;
   Sum sums[Count];
 
   ATTNKIT_DEVICE SkinnyConsumer(const SkinnyParams& p, const SkinnyShared<Shape>& s, const SkinnyWork& work)

@@ -8,6 +8,7 @@
 // Between tiles the consumers draw (hidden_draw_sm90.cuh), while the ring fills.
 #pragma once
 #include "hidden_draw_sm90.cuh"
+#include "../common/ring.cuh"
 #include "../common/wgmma_sm90.cuh"
 
 namespace attnkit::hidden {
@@ -54,15 +55,6 @@ struct HiddenShared {
     full = logits + Shape::N * kPitch * 4;
     empty = full + 8 * Shape::MostStages;
     word = empty + 8 * Shape::MostStages;
-  }
-};
-
-struct Ring {
-  int stages, stage = 0;
-  u32 parity = 0;
-  ATTNKIT_DEVICE explicit Ring(i64 stages) : stages(static_cast<int>(stages)) {}
-  ATTNKIT_DEVICE void next() {
-    if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
 
@@ -119,7 +111,7 @@ ATTNKIT_DEVICE void load(const HiddenParams& p, const HiddenShared<Shape>& s, Wo
   tma_prefetch_map(&p.hidden_map);
   wait_for_previous_grid();
   const u64 once = evict_first_policy();
-  Ring ring(p.stages);
+  StageRing ring(static_cast<int>(p.stages));
   for (Part part; work.next(part);) {
     const TilePlace at(p, part.tile);
     for (int i = part.first; i < part.first + part.count; ++i) {
@@ -147,12 +139,12 @@ struct Consumer {
   const HiddenParams& p;
   const HiddenShared<Shape>& s;
   const int thread, group;
-  Ring ring;
+  StageRing ring;
   RowDraw draw[Shape::Draws];
   float sums[Count];
 
   ATTNKIT_DEVICE Consumer(const HiddenParams& p, const HiddenShared<Shape>& s)
-      : p(p), s(s), thread(threadIdx.x), group(threadIdx.x / 128), ring(p.stages) {
+      : p(p), s(s), thread(threadIdx.x), group(threadIdx.x / 128), ring(static_cast<int>(p.stages)) {
 #pragma unroll
     for (int i = 0; i < Shape::Draws; ++i) draw[i].begin(p.sample, thread + i * Shape::Consumers);
   }
