@@ -1,16 +1,18 @@
-"""What sample and sample_from_hidden share: the options of a draw, seeds, outputs, and the part of a signature they make."""
+"""What sample and sample_from_hidden share: the options of a draw, and all of a call but the operands and their record."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnkit import check
-from attnkit.signature import SampleSig
+from attnkit import check, registry
+from attnkit.dispatch import Kernel, PlanCache, make_plan
+from attnkit.keys import call_key
+from attnkit.signature import SampleSig, Sig
 
 #: option -> (its "off" value, is it a whole number, lowest, highest)
 OPTIONS: dict[str, tuple[float, bool, float, float]] = {
@@ -48,7 +50,73 @@ class Sampled(NamedTuple):
     top_ids: Tensor | None = None
 
 
-def outputs(rows: Tensor, logprobs: int | None, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+#: What is written, as the fields of Sampled.
+Written = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Op:
+    """An op that draws a token for each row of its first operand.
+
+    operands   what its schema begins with
+    signature  signature(*operands, seeds, given, written) -> a call's record, where ``given`` is a value or tensor for each
+               of NAMES, then a tensor or None for each of MASKS
+    """
+
+    def __init__(self, name: str, operands: str, kernels: Sequence[Kernel], signature: Callable[..., Sig]) -> None:
+        self.name, self.kernels, self.signature, self.plans = name, kernels, signature, PlanCache()
+        self.torch_op = registry.define(
+            f"{name}({operands}, Tensor seeds, Tensor?[] options, Tensor? counts, Tensor? prompt_mask, Tensor? logit_bias,"
+            " Tensor? allowed, Tensor(a!) tokens, Tensor(b!) valid, Tensor(c!)? chosen, Tensor(d!)? top, Scalar[] numbers,"
+            " str? impl) -> ()",
+            self._from_torch,
+        )
+
+    def draw(
+        self, operands: tuple[Tensor, ...], options: tuple[Any, ...], masks: tuple[Tensor | None, ...],
+        seed: int | Tensor | None, logprobs: int | None, out: Tensor | None, impl: str | None, config: Any,
+    ) -> Sampled:  # fmt: skip
+        """What the public function does once its operands are known to be matrices."""
+        rows = operands[0]
+        B = rows.shape[0]
+        counts, prompt_mask, logit_bias, allowed = masks
+        if logit_bias is not None and logit_bias.dim() == 1:
+            logit_bias = logit_bias.expand(B, -1)
+        seeds = seeds_of(self.name, seed, B, rows.device)
+        written = outputs(rows, logprobs, out)
+        if config is None and registry.traced(rows):
+            numbers = [number(self.name, name, x) for name, x in zip(NAMES, options)]
+            tensors = [x if isinstance(x, Tensor) else None for x in options]
+            self.torch_op(*operands, seeds, tensors, counts, prompt_mask, logit_bias, allowed, *written, numbers, impl)
+        else:
+            self._run(operands, seeds, (*options, counts, prompt_mask, logit_bias, allowed), written, impl, config)
+        return Sampled(*written)
+
+    def _from_torch(self, *arguments: Any) -> None:
+        *operands, seeds, options, counts, prompt_mask, bias, allowed, tokens, valid, chosen, top, numbers, impl = arguments
+        given = (*(x if t is None else t for t, x in zip(options, numbers)), counts, prompt_mask, bias, allowed)
+        self._run(tuple(operands), seeds, given, (tokens, valid, chosen, top), impl, None)
+
+    def _run(
+        self, operands: tuple[Tensor, ...], seeds: Tensor, given: tuple[Any, ...], written: Written, impl: str | None,
+        config: Any,
+    ) -> None:  # fmt: skip
+        tensors = tuple(t if isinstance(t, Tensor) else None for t in given)
+        # The types tell 1 from True; a tensor subclass counts as what it is.
+        rest = (impl, config, *map(type, given), *[None if isinstance(t, Tensor) else t for t in given])
+        key = call_key((*operands, seeds, written[0], written[2], *tensors), rest)
+        try:
+            plan = self.plans.get(key)
+        except TypeError:  # something that cannot be hashed, and so is no option: the signature says which
+            plan = None
+        if plan is None:
+            sig = self.signature(*operands, seeds, given, written)
+            plan = self.plans.put(key, make_plan(self.kernels, sig, impl, config))
+            plan.state["given"] = tuple((name, i) for i, name in enumerate(GIVEN) if isinstance(given[i], Tensor))
+        if operands[0].shape[0]:
+            plan.launch(plan, *operands, seeds, {name: given[i] for name, i in plan.state["given"]}, *written)
+
+
+def outputs(rows: Tensor, logprobs: int | None, out: Tensor | None) -> Written:
     """What is written for each of ``rows``: tokens (``out`` if given), valid, log-probabilities, ids."""
     B = rows.shape[0]
     tokens = rows.new_empty(B, dtype=torch.int64) if out is None else out
@@ -90,25 +158,12 @@ def seeds_of(op: str, seed: int | Tensor | None, B: int, device: torch.device) -
     return torch.arange(B, device=device, dtype=torch.int64) + start
 
 
-def key_parts(given: Sequence[Any]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    """Of a call's key: its tensors, and the rest. The types tell 1 from True; a tensor subclass counts as what it is."""
-    tensors = tuple(t if isinstance(t, Tensor) else None for t in given)
-    return tensors, (*map(type, given), *[None if isinstance(t, Tensor) else t for t in given])
-
-
-def tensors_of(given: Sequence[Any]) -> tuple[tuple[str, int], ...]:
-    """Which of GIVEN come as tensors, and where they stand."""
-    return tuple((name, i) for i, name in enumerate(GIVEN) if isinstance(given[i], Tensor))
-
-
 def signature(
-    a: check.Letters, dtype: torch.dtype, stride: tuple[int, int], aligned: bool, seeds: Tensor, given: Sequence[Any],
-    tokens: Tensor, chosen: Tensor | None,
+    a: check.Letters, dtype: torch.dtype, stride: tuple[int, int], aligned: bool, seeds: Tensor, given: tuple[Any, ...],
+    written: Written,
 ) -> SampleSig:  # fmt: skip
-    """The draw's record, checked. ``a`` knows B and V; then what kind of logits are drawn from.
-
-    ``given``: a value or tensor for each of NAMES, then a tensor or None for each of MASKS.
-    """
+    """The draw's record, checked. ``a`` knows B and V; then what kind of logits are drawn from."""
+    tokens, _, chosen, _ = written
     options, masks = given[: len(NAMES)], given[len(NAMES) :]
     numbers = [number(a.op, name, x) for name, x in zip(NAMES, options)]
     B, V = a.size["B"], a.size["V"]

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit import check, drawing, registry
+from attnkit import check, drawing
 from attnkit.backends import torch_ref, two_steps
 from attnkit.backends.cpu import sampling as cpu_sampling
 from attnkit.backends.cuda import hidden as cuda_hidden
 from attnkit.backends.cuda import sampling as cuda_sampling
 from attnkit.backends.triton import sampling as triton_sampling
-from attnkit.dispatch import PlanCache, make_plan
 from attnkit.drawing import Sampled
-from attnkit.keys import call_key
 from attnkit.roofline import Cost
 from attnkit.signature import HiddenSig
 
@@ -24,7 +22,6 @@ KERNELS = (
     cuda_hidden.SAMPLE_FROM_HIDDEN,
     *map(two_steps.before, (cuda_sampling.SAMPLE, triton_sampling.SAMPLE, cpu_sampling.SAMPLE, torch_ref.SAMPLE)),
 )
-_PLANS = PlanCache()
 
 
 def sample_from_hidden(
@@ -63,42 +60,9 @@ def sample_from_hidden(
     if hidden.dim() != 2 or weight.dim() != 2:
         shapes = f"hidden's shape is {list(hidden.shape)} and weight's {list(weight.shape)}"
         raise ValueError(f"{OP}: {shapes}, wanted [B, H] and [V, H]")
-    B = hidden.shape[0]
-    if logit_bias is not None and logit_bias.dim() == 1:
-        logit_bias = logit_bias.expand(B, -1)
     options = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, offset)
     masks = (output_counts, prompt_mask, logit_bias, allowed)
-    seeds = drawing.seeds_of(OP, seed, B, hidden.device)
-    written = drawing.outputs(hidden, logprobs, out)
-    if config is None and registry.traced(hidden):
-        numbers = [drawing.number(OP, name, x) for name, x in zip(drawing.NAMES, options)]
-        tensors = [x if isinstance(x, Tensor) else None for x in options]
-        _op(hidden, weight, seeds, tensors, *masks, *written, numbers, impl)
-    else:
-        _call(hidden, weight, seeds, (*options, *masks), written, impl, config)
-    return Sampled(*written)
-
-
-def _run(
-    hidden, weight, seeds, options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, top, numbers, impl
-) -> None:  # fmt: skip
-    given = (*(x if t is None else t for t, x in zip(options, numbers)), counts, prompt_mask, logit_bias, allowed)
-    _call(hidden, weight, seeds, given, (tokens, valid, chosen, top), impl, None)
-
-
-def _call(hidden, weight, seeds, given, written, impl, config) -> None:
-    """``given``: a value or tensor for each of drawing.GIVEN."""
-    tensors, rest = drawing.key_parts(given)
-    key = call_key((hidden, weight, seeds, written[0], written[2], *tensors), (impl, config, *rest))
-    try:
-        plan = _PLANS.get(key)
-    except TypeError:  # something that cannot be hashed, and so is no option: _signature says which
-        plan = None
-    if plan is None:
-        plan = _PLANS.put(key, make_plan(KERNELS, _signature(hidden, weight, seeds, given, written), impl, config))
-        plan.state["given"] = drawing.tensors_of(given)
-    if hidden.shape[0]:
-        plan.launch(plan, hidden, weight, seeds, {name: given[i] for name, i in plan.state["given"]}, *written)
+    return _OP.draw((hidden, weight), options, masks, seed, logprobs, out, impl, config)
 
 
 def _signature(hidden, weight, seeds, given, written) -> HiddenSig:
@@ -108,19 +72,14 @@ def _signature(hidden, weight, seeds, given, written) -> HiddenSig:
     a.fits("H")
     check.inference_only(OP, hidden, weight)
     n = a.size
-    draw = drawing.signature(a, torch.float32, (n["V"], 1), True, seeds, given, written[0], written[2])
+    draw = drawing.signature(a, torch.float32, (n["V"], 1), True, seeds, given, written)
     return HiddenSig(
         op=OP, device=hidden.device, dtype=hidden.dtype, B=n["B"], V=n["V"], H=n["H"], hidden_stride=hidden.stride(),
         weight_stride=weight.stride(), aligned=check.aligned16(hidden, weight), draw=draw,
     )  # fmt: skip
 
 
-_op = registry.define(
-    "sample_from_hidden(Tensor hidden, Tensor weight, Tensor seeds, Tensor?[] options, Tensor? counts, Tensor? prompt_mask,"
-    " Tensor? logit_bias, Tensor? allowed, Tensor(a!) tokens, Tensor(b!) valid, Tensor(c!)? chosen, Tensor(d!)? top,"
-    " Scalar[] numbers, str? impl) -> ()",
-    _run,
-)
+_OP = drawing.Op(OP, "Tensor hidden, Tensor weight", KERNELS, _signature)
 
 
 def cost(B: int, V: int, H: int, item: int = 2) -> Cost:

@@ -6,14 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from attnkit import check, drawing, registry
+from attnkit import check, drawing
 from attnkit.backends import torch_ref
 from attnkit.backends.cpu import sampling as cpu_sampling
 from attnkit.backends.cuda import sampling as cuda_sampling
 from attnkit.backends.triton import sampling as triton_sampling
-from attnkit.dispatch import PlanCache, make_plan
 from attnkit.drawing import OPTIONS, Sampled
-from attnkit.keys import call_key
 from attnkit.roofline import Cost
 from attnkit.signature import SampleSig
 
@@ -21,7 +19,6 @@ __all__ = ["KERNELS", "OP", "OPTIONS", "Sampled", "cost", "sample"]
 
 OP = "sample"
 KERNELS = (cuda_sampling.SAMPLE, triton_sampling.SAMPLE, cpu_sampling.SAMPLE, torch_ref.SAMPLE)
-_PLANS = PlanCache()
 
 
 def sample(
@@ -68,57 +65,18 @@ def sample(
     """
     if logits.dim() != 2:
         raise ValueError(f"{OP}: logits' shape is {list(logits.shape)}, wanted [B, V]")
-    B = logits.shape[0]
-    if logit_bias is not None and logit_bias.dim() == 1:
-        logit_bias = logit_bias.expand(B, -1)
     options = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, offset)
     masks = (output_counts, prompt_mask, logit_bias, allowed)
-    seeds = drawing.seeds_of(OP, seed, B, logits.device)
-    written = drawing.outputs(logits, logprobs, out)
-    if config is None and registry.traced(logits):
-        numbers = [drawing.number(OP, name, x) for name, x in zip(drawing.NAMES, options)]
-        tensors = [x if isinstance(x, Tensor) else None for x in options]
-        _op(logits, seeds, tensors, *masks, *written, numbers, impl)
-    else:
-        _call(logits, seeds, (*options, *masks), *written, impl, config)
-    return Sampled(*written)
+    return _OP.draw((logits,), options, masks, seed, logprobs, out, impl, config)
 
 
-def _run(
-    logits, seeds, options, counts, prompt_mask, logit_bias, allowed, tokens, valid, chosen, top, numbers, impl
-) -> None:  # fmt: skip
-    given = (*(x if t is None else t for t, x in zip(options, numbers)), counts, prompt_mask, logit_bias, allowed)
-    _call(logits, seeds, given, tokens, valid, chosen, top, impl, None)
-
-
-def _call(logits, seeds, given, tokens, valid, chosen, top, impl, config) -> None:
-    """``given``: a value or tensor for each of drawing.GIVEN."""
-    tensors, rest = drawing.key_parts(given)
-    key = call_key((logits, seeds, tokens, chosen, *tensors), (impl, config, *rest))
-    try:
-        plan = _PLANS.get(key)
-    except TypeError:  # something that cannot be hashed, and so is no option: _signature says which
-        plan = None
-    if plan is None:
-        plan = _PLANS.put(key, make_plan(KERNELS, _signature(logits, seeds, given, tokens, chosen), impl, config))
-        plan.state["given"] = drawing.tensors_of(given)
-    if logits.shape[0]:
-        options = {name: given[i] for name, i in plan.state["given"]}
-        plan.launch(plan, logits, seeds, options, tokens, valid, chosen, top)
-
-
-def _signature(logits, seeds, given, tokens, chosen) -> SampleSig:
+def _signature(logits, seeds, given, written) -> SampleSig:
     a = check.Letters(OP, logits.device)
     a.tensor("logits", logits, "B V", check.FLOATS)
-    return drawing.signature(a, logits.dtype, logits.stride(), check.aligned16(logits), seeds, given, tokens, chosen)
+    return drawing.signature(a, logits.dtype, logits.stride(), check.aligned16(logits), seeds, given, written)
 
 
-_op = registry.define(
-    "sample(Tensor logits, Tensor seeds, Tensor?[] options, Tensor? counts, Tensor? prompt_mask, Tensor? logit_bias,"
-    " Tensor? allowed, Tensor(a!) tokens, Tensor(b!) valid, Tensor(c!)? chosen, Tensor(d!)? top, Scalar[] numbers,"
-    " str? impl) -> ()",
-    _run,
-)
+_OP = drawing.Op(OP, "Tensor logits", KERNELS, _signature)
 
 
 def cost(B: int, V: int, logits_bytes: int = 4) -> Cost:
