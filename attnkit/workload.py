@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -263,63 +263,98 @@ def _wide(K: int) -> torch.dtype:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Case):
-    """sample, its options as tensors a row, as an engine gives them. ``penalties`` also brings the counts."""
+class Drawn(Case):
+    """What sample and sample_from_hidden share: options and seeds as tensors a row, as an engine gives them.
 
-    family: ClassVar[str] = "sampling"
-    op: ClassVar[str] = "sample"
+    ``penalties`` also brings the counts.
+    """
+
     #: A language model's logits: a wide bulk and a few that stand out.
     WIDTH: ClassVar[float] = 2.5
+    #: The operand that has a row for each token, and its spread.
+    ROWS: ClassVar[tuple[str, float]]
     B: int
     V: int
     dtype: str = "fp32"
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
-    min_p: float = 0.0
     penalties: bool = False
+
+    def _filters(self) -> dict[str, str]:
+        """Filters that are on, and their letters."""
+        on = {"top_k": f"k{self.top_k}"} if self.top_k else {}
+        return on | ({"top_p": f"p{self.top_p:g}"} if self.top_p < 1 else {})
+
+    def _on(self) -> list[str]:
+        """Options that are on, in letters."""
+        on = [*self._filters().values(), *(["penalties"] if self.penalties else [])]
+        return on or ["temperature" if self.temperature else "greedy"]
+
+    def _rest(self, device: torch.device) -> Inputs:
+        """All inputs but the operands, and "out"."""
+        values = {name: getattr(self, name) for name in ("temperature", *self._filters())}
+        if self.penalties:
+            values |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1}
+        x: Inputs = {name: _option(name, value, self.B, device) for name, value in values.items()}
+        if self.penalties:
+            counts = torch.randint(0, 64, (self.B, self.V), dtype=torch.int32, device=device)
+            x["output_counts"] = counts.sub_(60).clamp_(min=0)
+        x["seed"] = torch.randint(0, 2**62, (self.B,), device=device)
+        return x | {"out": torch.empty(self.B, dtype=torch.int64, device=device)}
+
+    def another(self, x: Inputs) -> Inputs:
+        """Other rows and seeds: a launch lasts as long as its slowest row, so one draw of them is one sample."""
+        found = {k: v for k, v in clone(x).items() if k != TRUTH}
+        name, spread = self.ROWS
+        found[name].normal_(0, spread)
+        found["seed"].random_(0, 2**62)
+        return found
+
+    def _counts_cost(self) -> Cost:
+        return Cost(0, 4.0 * self.B * self.V if self.penalties else 0.0)
+
+    def small(self) -> Self:
+        return sized(self, B=min(self.B, 3), V=min(self.V, 1003), top_k=min(self.top_k, 40))
+
+    def _drawn(self, x: Inputs, rows: Tensor, logits: Tensor) -> Tensor:
+        """The tokens that the reference draws for ``rows``, from their ``logits``."""
+        options = {}
+        for name, (off, *_) in sampling.OPTIONS.items():
+            options[name] = x[name][rows] if name in x else _option(name, off, len(rows), rows.device)
+        if "output_counts" in x:
+            options["counts"] = x["output_counts"][rows]
+        return reference.sample(logits, x["seed"][rows], options)[0]
+
+
+def _option(name: str, value: float, n: int, device: torch.device) -> Tensor:
+    """One of sampling.OPTIONS, for n rows."""
+    return torch.full((n,), value, dtype=torch.int64 if sampling.OPTIONS[name][1] else torch.float32, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Drawn):
+    """sample."""
+
+    family: ClassVar[str] = "sampling"
+    op: ClassVar[str] = "sample"
+    ROWS: ClassVar[tuple[str, float]] = ("logits", Drawn.WIDTH)
+    min_p: float = 0.0
     logprobs: int | None = None
 
+    def _filters(self) -> dict[str, str]:
+        return super()._filters() | ({"min_p": f"minp{self.min_p:g}"} if self.min_p else {})
+
     def letters(self) -> list[str]:
-        on = [f"k{self.top_k}"] if self.top_k else []
-        on += [f"p{self.top_p:g}"] if self.top_p < 1 else []
-        on += [f"minp{self.min_p:g}"] if self.min_p else []
-        on += ["penalties"] if self.penalties else []
-        if not on:
-            on = ["temperature" if self.temperature else "greedy"]
-        on += [] if self.logprobs is None else [f"logprobs{self.logprobs}"]
-        return [f"B{self.B}", f"V{self.V}", *on, self.dtype]
+        more = [] if self.logprobs is None else [f"logprobs{self.logprobs}"]
+        return [f"B{self.B}", f"V{self.V}", *self._on(), *more, self.dtype]
 
     def kernels(self) -> tuple[Kernel, ...]:
         return sampling.KERNELS
 
     def build(self, device: torch.device, empty: bool = False) -> Inputs:
-        B, V = self.B, self.V
-        logits = torch.empty(B, V, dtype=DTYPES[self.dtype], device=device)
-        if not empty:
-            logits.normal_(0, self.WIDTH)
-        full = lambda x, dtype=torch.float32: torch.full((B,), x, dtype=dtype, device=device)  # noqa: E731
-        options: Inputs = {"temperature": full(self.temperature)}
-        if self.top_k:
-            options["top_k"] = full(self.top_k, torch.int64)
-        if self.top_p < 1:
-            options["top_p"] = full(self.top_p)
-        if self.min_p:
-            options["min_p"] = full(self.min_p)
-        if self.penalties:
-            options |= {
-                k: full(v) for k, v in (("repetition_penalty", 1.1), ("presence_penalty", 0.2), ("frequency_penalty", 0.1))
-            }
-            options["output_counts"] = torch.randint(0, 64, (B, V), dtype=torch.int32, device=device).sub_(60).clamp_(min=0)
-        seed = torch.randint(0, 2**62, (B,), device=device)
-        return {"logits": logits, "seed": seed, **options, "out": torch.empty(B, dtype=torch.int64, device=device)}
-
-    def another(self, x: Inputs) -> Inputs:
-        """Other logits and seeds: a launch lasts as long as its slowest row, so one draw of them is one sample."""
-        found = {k: v for k, v in clone(x).items() if k != TRUTH}
-        found["logits"].normal_(0, self.WIDTH)
-        found["seed"].random_(0, 2**62)
-        return found
+        logits = torch.empty(self.B, self.V, dtype=DTYPES[self.dtype], device=device)
+        return {"logits": logits if empty else logits.normal_(0, self.WIDTH), **self._rest(device)}
 
     def call(self, x: Inputs, impl: str | None = None, config: Any = None) -> Callable[[], Any]:
         logits, rest = x["logits"], {k: v for k, v in x.items() if k not in ("logits", TRUTH)}
@@ -328,22 +363,14 @@ class Sample(Case):
 
     def cost(self) -> Cost:
         base = sampling.cost(self.B, self.V, DTYPES[self.dtype].itemsize)
-        base += Cost(0, 4.0 * self.B * self.V if self.penalties else 0.0)
-        return base if self.logprobs is None else base + sampling.cost(self.B, self.V, DTYPES[self.dtype].itemsize)
-
-    def small(self) -> Sample:
-        return sized(self, B=min(self.B, 3), V=min(self.V, 1003), top_k=min(self.top_k, 40))
+        total = base + self._counts_cost()
+        return total if self.logprobs is None else total + base
 
     def error(self, x: Inputs, out: Any = None) -> float:
         """The share of rows whose token is not the reference's: both draw the same noise."""
         out = x["out"] if out is None else out
         rows = sample_rows(self.B, 16, out.device)
-        off = {name: float(value[0]) for name, value in sampling.OPTIONS.items()}
-        options = {k: x[k][rows] if k in x else torch.full((len(rows),), off[k], device=out.device) for k in off}
-        options = {k: v.long() if sampling.OPTIONS[k][1] else v for k, v in options.items()}
-        if "output_counts" in x:
-            options["counts"] = x["output_counts"][rows]
-        tokens = remembered(x, lambda: reference.sample(x["logits"][rows], x["seed"][rows], options)[0])
+        tokens = remembered(x, lambda: self._drawn(x, rows, x["logits"][rows]))
         return float((tokens != out[rows]).double().mean())
 
     @property
