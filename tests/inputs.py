@@ -1,4 +1,7 @@
-"""Poisoned inputs for a case: every KV slot, page and table entry that may not be read is NaN or garbage."""
+"""Poisoned inputs for a case: every KV slot, page and table entry that may not be read is NaN or garbage.
+
+And the options of a draw.
+"""
 
 from __future__ import annotations
 
@@ -119,3 +122,31 @@ def _options(case: Case, device: str, g: torch.Generator, quantised: bool) -> tu
         mask = torch.rand(len(case.lens), case.Q, case.Q, generator=g, device=device) < 0.5
         options["tree_mask"] = clean["tree_mask"] = mask | torch.eye(case.Q, dtype=torch.bool, device=device)
     return options, clean
+
+
+def of_a_draw(B: int, V: int, device: str) -> dict[str, Any]:
+    """Every option of sample and sample_from_hidden that may be a tensor, as one; the first row is greedy."""
+    g = torch.Generator(device=device).manual_seed(1)
+
+    def rand(low: float, high: float) -> Tensor:
+        return torch.rand(B, generator=g, device=device) * (high - low) + low
+
+    temperature = rand(0.5, 1.5)
+    temperature[0] = 0
+    words = torch.randint(-(2**31), 2**31 - 1, (B, (V + 31) // 32), generator=g, device=device, dtype=torch.int32)
+    words[:, 0] |= 1
+    return {
+        "temperature": temperature,
+        "repetition_penalty": rand(0.8, 1.5),
+        "presence_penalty": rand(-1, 1),
+        "frequency_penalty": rand(-1, 1),
+        "output_counts": torch.randint(0, 3, (B, V), generator=g, device=device, dtype=torch.int32),
+        "prompt_mask": torch.rand(B, V, generator=g, device=device) < 0.3,
+        "logit_bias": torch.randn(V, generator=g, device=device),
+        "allowed": words,
+        "seed": torch.randint(-(2**63), 2**63 - 1, (B,), generator=g, device=device),
+        "offset": torch.arange(B, device=device) + 2**33,
+        "top_k": torch.randint(0, 60, (B,), generator=g, device=device),
+        "top_p": rand(0.5, 1.0),
+        "min_p": rand(0.0, 0.02),
+    }

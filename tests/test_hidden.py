@@ -11,6 +11,7 @@ from attnkit.backends.cuda import hidden as cuda_hidden
 from attnkit.backends.cuda.builds import hidden as builds
 from attnkit.hidden import KERNELS
 from attnkit.workload_hidden import SampleFromHidden, logits_of
+from tests import inputs
 from tests.kernels import every, skip_if_declined
 from tests.test_launch import struct_of
 
@@ -71,30 +72,11 @@ def test_odd_sizes(B, V, H, impl, device):
 @pytest.mark.parametrize("filters", [False, True], ids=["drawn from all", "filtered"])
 def test_every_option_as_a_tensor(filters, impl, device):
     B, V = 8, 517
-    (hidden, weight), g = operands(B, V, 64, device), torch.Generator(device=device).manual_seed(1)
-
-    def rand(low, high):
-        return torch.rand(B, generator=g, device=device) * (high - low) + low
-
-    temperature = rand(0.5, 1.5)
-    temperature[0] = 0
-    words = torch.randint(-(2**31), 2**31 - 1, (B, (V + 31) // 32), generator=g, device=device, dtype=torch.int32)
-    words[:, 0] |= 1
-    options = {
-        "temperature": temperature,
-        "repetition_penalty": rand(0.8, 1.5),
-        "presence_penalty": rand(-1, 1),
-        "frequency_penalty": rand(-1, 1),
-        "output_counts": torch.randint(0, 3, (B, V), generator=g, device=device, dtype=torch.int32),
-        "prompt_mask": torch.rand(B, V, generator=g, device=device) < 0.3,
-        "logit_bias": torch.randn(V, generator=g, device=device),
-        "allowed": words,
-        "seed": torch.randint(-(2**63), 2**63 - 1, (B,), generator=g, device=device),
-        "offset": torch.arange(B, device=device) + 2**33,
-    }
-    if filters:
-        options |= {"top_k": torch.randint(0, 60, (B,), generator=g, device=device), "top_p": rand(0.5, 1.0)}
-        options |= {"min_p": rand(0.0, 0.02), "logprobs": 3}
+    hidden, weight = operands(B, V, 64, device)
+    options = inputs.of_a_draw(B, V, device) | {"logprobs": 3}
+    if not filters:
+        for name in ("top_k", "top_p", "min_p", "logprobs"):
+            del options[name]
     got, want = draw(hidden, weight, impl, **options), attnkit.sample(logits_of(hidden, weight), impl="torch", **options)
     assert torch.equal(got.tokens, want.tokens)
     if filters:
