@@ -60,13 +60,9 @@ def test_rare_shapes_match_float64(case, config):
     test_matches_float64(case, config)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("ahead", [1, 3])
-@pytest.mark.parametrize("late", [0, 1])
-def test_many_launches_with_changing_lengths(late, ahead):
-    """One captured graph of launches that overlap, replayed with other lengths."""
-    x = inputs.make(replace(BASE, lens=(3000, 2000)), "cuda")
-    config, full = CudaConfig(2, 100, 1, late=late, ahead=ahead, cluster=8), x.table.lens.clone()
+def check_overlap(case: cases.Case, config: CudaConfig, plain: CudaConfig, lengths: list[tuple[int, ...]]) -> None:
+    """One captured graph of launches that overlap, replayed with other lengths: all alike, and close to ``plain``'s."""
+    x = inputs.make(case, "cuda")
     outs = [torch.empty_like(x.q) for _ in range(20)]
     calls = [lambda out=out: attnkit.paged_decode(x.q, x.kv, x.table, out=out, config=config, impl="cuda_sm90") for out in outs]
     skip_if_declined(calls[0])
@@ -75,15 +71,23 @@ def test_many_launches_with_changing_lengths(late, ahead):
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for lens in ((3000, 2000), (1, 0), (64, 1999), (513, 7)):
+    for lens in (case.lens, *lengths):
         x.table.lens.copy_(torch.tensor(lens, device="cuda"))
         for out in outs:
             out.fill_(float("nan"))
         graph.replay()
-        want = attnkit.paged_decode(x.q, x.kv, x.table, impl="cuda_sm90", config=CudaConfig(2, 100, 1))
+        graph.replay()
+        want = attnkit.paged_decode(x.q, x.kv, x.table, impl="cuda_sm90", config=plain)
         assert torch.allclose(outs[0].float(), want.float(), atol=0.02)
         assert all(torch.equal(out, outs[0]) for out in outs)
-    x.table.lens.copy_(full)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("late", [0, 1])
+def test_many_launches_with_changing_lengths(late, ahead):
+    config = CudaConfig(2, 100, 1, late=late, ahead=ahead, cluster=8)
+    check_overlap(replace(BASE, lens=(3000, 2000)), config, CudaConfig(2, 100, 1), [(1, 0), (64, 1999), (513, 7)])
 
 
 @pytest.mark.gpu

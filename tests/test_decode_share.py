@@ -19,7 +19,7 @@ from tests import cases, inputs
 from tests.close import assert_close
 from tests.kernels import skip_if_declined
 from tests.test_decode import run
-from tests.test_decode_cluster import config_id, signature
+from tests.test_decode_cluster import check_overlap, config_id, signature
 
 BASE = replace(cases.BASE, D=128)
 UNEVEN = (0, 1, 64, 65, 513, 3000)
@@ -89,25 +89,8 @@ def test_bits_do_not_depend_on_who_adds_up(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS[2:7:2], ids=share_id)
 def test_many_launches_with_changing_lengths(config):
-    """One captured graph of launches that overlap, replayed with other lengths."""
-    x = inputs.make(replace(BASE, lens=(30000, 20000), Hq=12), "cuda")
-    outs = [torch.empty_like(x.q) for _ in range(20)]
-    calls = [lambda out=out: attnkit.paged_decode(x.q, x.kv, x.table, out=out, config=config, impl="cuda_sm90") for out in outs]
-    skip_if_declined(calls[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for lens in ((30000, 20000), (1, 0), (64, 19999), (513, 7), (30000, 3)):
-        x.table.lens.copy_(torch.tensor(lens, device="cuda"))
-        for out in outs:
-            out.fill_(float("nan"))
-        graph.replay()
-        graph.replay()
-        want = attnkit.paged_decode(x.q, x.kv, x.table, impl="cuda_sm90", config=replace(config, share=0))
-        assert torch.allclose(outs[0].float(), want.float(), atol=0.02)
-        assert all(torch.equal(out, outs[0]) for out in outs)
+    case = replace(BASE, lens=(30000, 20000), Hq=12)
+    check_overlap(case, config, replace(config, share=0), [(1, 0), (64, 19999), (513, 7), (30000, 3)])
 
 
 @pytest.mark.gpu
