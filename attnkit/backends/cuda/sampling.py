@@ -1,6 +1,5 @@
-"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but two for a short top-k and where a tensor
-of p leaves open who takes which row under penalties, and three where one leaves open which rows have a short top-k. One
-more for log-probabilities."""
+"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but two for a short top-k, and three where a
+tensor leaves open which rows have one. One more for log-probabilities."""
 
 from __future__ import annotations
 
@@ -59,14 +58,9 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
         return ("short", "rest")
     if 0 < k < sig.V:
         return ("rest",)
-    many = sig.B >= builds.LEAST_CUT_ROWS
-    if sig.min_p is None or sig.min_p > 0.0 or not builds.fits_by_arrival(sig.V):
-        return ("cut",) if many else ("rest",)
-    if not many or not extras(sig):
+    if sig.min_p == 0.0 and builds.fits_by_arrival(sig.V):
         return ("arrival",)
-    if sig.top_p is None:
-        return ("arrival", "cut")
-    return ("cut",) if sig.top_p >= builds.CUT_FROM else ("arrival",)
+    return ("cut",) if sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
 
 
 def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
@@ -154,7 +148,7 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
             )  # fmt: skip
         elif way == "arrival":
             size = builds.arrive_parts(sig.B, sig.V, arch.of(sig.device).sms)
-            shared, threads = builds.arrive_bytes(sig.V, size), builds.arrive_threads(KINDS[sig.dtype], penalised)
+            shared, threads = builds.arrive_bytes(sig.V, size), builds.ARRIVE_THREADS
             name, grid = "attnkit_sample_arrive", sig.B * size
             made.append(_made(sig, variants[0], name, grid, values, pointers, cluster=size, shared=shared, threads=threads))
         elif way == "cut":

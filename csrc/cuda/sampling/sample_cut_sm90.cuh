@@ -3,7 +3,6 @@
 // (sample_choose_sm90.cuh).
 #pragma once
 #include "sample_choose_sm90.cuh"
-#include "sample_split_sm90.cuh"
 
 namespace attnkit::sampling {
 
@@ -86,10 +85,6 @@ ATTNKIT_DEVICE void sample_cut(const SampleParams& p) {
   const RawOptions options(p, h.b);
   h.top_p = option(p.top_p, p.top_p_value, h.b);
   h.min_p = option(p.min_p, p.min_p_value, h.b);
-  if (Penalised && p.listed != 0 && !(h.top_p >= kCutFrom)) {  // the other launch's row: all of the cluster leave
-    cluster_wait();
-    return;
-  }
   const int all = h.b * p.blocks, end = all + h.end;
   const Spot<Type> spot(p, all + h.from, end);
   Raw<Type> raw[Penalised ? 1 : 4][4];

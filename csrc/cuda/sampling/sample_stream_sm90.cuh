@@ -35,6 +35,17 @@ struct Spot {
 #pragma unroll
     for (int c = 0; c < 4; ++c) raw[c] = load_stream<Type>(at + (piece * 4 + c) * kChunk * (Type == kF32 ? 4 : 2));
   }
+  // L2 asks for some pieces.
+  template <int Pieces>
+  ATTNKIT_DEVICE void ask_l2(int first) const {
+    if (!whole) return;
+    constexpr int kItem = Type == kF32 ? 4 : 2, kLines = Pieces * kPiece * kItem / 128;
+    const int lane = static_cast<int>(lane_id());
+#pragma unroll
+    for (int i = 0; i < kLines; i += 32) {
+      if (kLines % 32 == 0 || lane + i < kLines) prefetch_l2(at - lane * 4 * kItem + first * kPiece * kItem + (lane + i) * 128);
+    }
+  }
 };
 
 // A piece of a row that is read with care: at its end, at odd addresses, or with penalties. What is asked for first:

@@ -25,12 +25,10 @@ CUT_BYTES, CUT_ROOM = 20944, 46
 MOST_PARTS, MOST_BLOCKS = 8, 448
 #: Fewer rows are read sooner by other kernels.
 LEAST_CUT_ROWS = 16
-#: Of top-p with penalties: from this p on that kernel is the sooner. Mirrors csrc/cuda/sampling/sample_split_sm90.cuh.
-CUT_FROM = 0.6
-#: CTAs on a multiprocessor of the kernel for top-p alone, and sizeof(ArriveShared) in
-#: csrc/cuda/sampling/sample_arrive_sm90.cuh, which 10 bytes for each of its groups follow, so many at the most.
-ARRIVE_CTAS, ARRIVE_BYTES = 2, 2272
-MOST_LOCAL = 11000
+#: Threads of the kernel for top-p alone, which has a multiprocessor to itself; sizeof(ArriveShared) in
+#: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
+ARRIVE_THREADS, ARRIVE_BYTES = 512, 7296 + 4 * 16384
+MOST_LOCAL = (227 * 1024 - ARRIVE_BYTES) // (10 * BLOCK // GROUP) * (BLOCK // GROUP)
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
@@ -76,15 +74,9 @@ def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
     return first, variant("sampling/sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
 
 
-def arrive_threads(kind: int, penalised: bool) -> int:
-    """Threads of a CTA: 16-bit logits leave them registers enough to be twice as many."""
-    return 256 if penalised or kind == F32 else 512
-
-
 def top_p(kind: int, penalised: bool) -> Variant:
     """csrc/cuda/sampling/sample_arrive_sm90.cu: top-p without top-k and min-p."""
-    values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": ARRIVE_CTAS, "THREADS": arrive_threads(kind, penalised)}
-    return variant("sampling/sample_arrive_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+    return variant("sampling/sample_arrive_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)})
 
 
 def fits_by_arrival(V: int) -> bool:
@@ -98,11 +90,10 @@ def groups(V: int) -> int:
 
 
 def arrive_parts(B: int, V: int, sms: int) -> int:
-    """CTAs that share a row of the kernel for top-p alone: as many as find room at the same time for all rows, and two at the
-    least, as one would read a row again for long."""
-    slots = ARRIVE_CTAS * sms
-    fitting = (n for n in range(MOST_PARTS, 2, -1) if n * B <= slots * 0.94)
-    return min(max(next(fitting, 2), -(-groups(V) // MOST_LOCAL)), -(-V // BLOCK))
+    """CTAs that share a row of the kernel for top-p alone: as many as find room at the same time for all rows; clusters of more
+    than two do not fit everywhere."""
+    fitting = (n for n in range(MOST_PARTS, 1, -1) if n * B <= sms * (1.0 if n == 2 else 0.84))
+    return min(max(next(fitting, 1), -(-groups(V) // MOST_LOCAL)), -(-V // BLOCK))
 
 
 def arrive_bytes(V: int, parts: int) -> int:

@@ -1,0 +1,288 @@
+// A CTA's share of a row, read once: of each group of 16 tokens the largest logit (peak) and the sum of exp, and how many tokens
+// each of 16384 levels has, all in shared memory. A row is one CTA's, or a cluster's; blocks are dealt to CTAs in turn.
+#pragma once
+#include "sample_filter_sm90.cuh"
+#include "sample_stream_sm90.cuh"
+
+namespace attnkit::sampling {
+
+constexpr int kArriveThreads = 512, kArriveWarps = kArriveThreads / 32;
+constexpr int kPiecesAhead = 2;  // pieces of 512 tokens that a warp has on their way
+constexpr int kMostParts = 8;    // CTAs of a row
+constexpr int kMostEarly = 256;  // groups of a CTA that arrive early
+constexpr int kTold = 128;       // tokens of a row that arrive early
+constexpr int kProbes = 16;      // tokens that are judged at a time
+
+// Levels: from kAbove powers of two above a reference down, kRange in all, a bin each; the last holds all that is lower too.
+constexpr int kBins = 16384, kCell = 32, kCells = kBins / kCell;
+constexpr float kAbove = 24.0f, kRange = 48.0f, kStep = kRange / (kBins - 1);
+
+// A token that arrives early; the larger the key, the earlier. ``logit``: after temperature.
+struct alignas(16) Arrival {
+  u64 key;
+  float logit;
+  int id;
+};
+
+// Shared memory; groups, marks and bins follow. Mirrors ARRIVE_BYTES in attnkit/backends/cuda/builds/sampling.py.
+struct ArriveShared {
+  Arrival told[kTold];         // by all CTAs in turn
+  Place order[kTold];          // the same in order of time
+  uint4 about[kMostParts];     // of every CTA: largest logit, mass
+  uint4 bests[2][kMostParts];  // of every CTA
+  u64 sums[kArriveWarps];
+  float2 warps[kArriveWarps];  // of every warp: largest logit, mass
+  float most[kArriveWarps];
+  u32 above[3][2 * kProbes];
+  float before[kCells + 1];    // what the cells before a cell weigh
+  int early[kMostEarly];
+  RowOptions options;          // here, as are the next, since registers are scarce
+  u64 seed, offset;
+  int n_early, n_told, n_near;
+  int over;  // some CTA had more to tell
+};
+static_assert(sizeof(ArriveShared) == 7296, "ARRIVE_BYTES");
+
+// What follows from these is not worked out ahead of a loop: there are no registers to keep it.
+ATTNKIT_DEVICE float hidden(float x) {
+  float same;
+  asm volatile("mov.b32 %0, %1;" : "=f"(same) : "f"(x));
+  return same;
+}
+ATTNKIT_DEVICE int thread_here() {
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+}
+
+// A group's sum of exp, its largest counting one. Converged warps only.
+template <int Type>
+ATTNKIT_DEVICE float sum_of(const Raw<Type> (&raw)[4], float peak, float scale) {
+  const float base = fmaxf(fminf(peak, kF32Max), -kF32Max), shift = -base * scale;
+  float sums[4];
+  if (__any_sync(0xffffffffu, fabsf(shift) > 64.0f)) {  // a product and a sum would lose digits
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float x[4];
+      widen_four<Type>(raw[c], x);
+      sums[c] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[c] += exp2_fast((fminf(x[i], kF32Max) - base) * scale);
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float x[4];
+      widen_four<Type>(raw[c], x);
+      sums[c] = exp2_fast(__fmaf_rn(x[0], scale, shift));
+#pragma unroll
+      for (int i = 1; i < 4; ++i) sums[c] += exp2_fast(__fmaf_rn(x[i], scale, shift));
+    }
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <int Type, bool Penalised>
+struct ArriveShare {
+  static constexpr int kHeld = Penalised ? kF32 : Type;  // what penalties make of logits are floats
+  const SampleParams& p;
+  ArriveShared& s;
+  float2* const groups;  // of this CTA: peak, and sum, the peak counting one
+  u16* const marks;      // of each group the upper half of its word; then lists of groups
+  u32* const bins;
+  const int b, size, rank, n;
+  const RowPointers& r;
+  const RowOptions& o;
+  const float scale;  // to powers of two
+  const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
+  float highest = 0.0f;              // the logit of bin 0
+  float here = 0.0f, mass = 0.0f;    // this CTA's largest logit, and its mass, that one counting one
+  float largest = 0.0f, top = 0.0f;  // the row's largest logit, before and after temperature
+  float whole = 0.0f;                // the row's mass, the row's largest counting one
+
+  // Blocks are dealt to CTAs in turn.
+  ATTNKIT_DEVICE int number_of(int i) const { return (i / 128 * size + rank) * 128 + i % 128; }
+  // Of a logit of this CTA, the largest's being one.
+  ATTNKIT_DEVICE float mass_of(float x) const { return exp2_fast((fminf(x, kF32Max) - here) * scale); }
+  // This CTA's largest logit weighs, the row's largest being one.
+  ATTNKIT_DEVICE float part() const { return exp2_fast((hidden(here) - largest) * scale); }
+
+  // All of the row, and what they wrote.
+  ATTNKIT_DEVICE void meet() const {
+    if (size == 1) {
+      __syncthreads();
+    } else {
+      cluster_sync();
+    }
+  }
+
+  // 2^23 and the bin of a logit.
+  ATTNKIT_DEVICE float level_of(float x) const {
+    return __fmaf_rn(__saturatef((highest - x) * (scale * (1.0f / kRange))), static_cast<float>(kBins - 1), 8388608.0f);
+  }
+  ATTNKIT_DEVICE int bin_of(float x) const { return static_cast<int>(__float_as_uint(level_of(x)) - 0x4b000000u); }
+
+  // ---- one read of the logits ----
+
+  ATTNKIT_DEVICE void load_words() {
+    const u64 seed = s.seed, offset = s.offset;
+#pragma unroll 1
+    for (int c = thread_here(); c < n / 4; c += kArriveThreads) {
+      u32 w[4];
+      philox_words(seed, offset, kOfGroups, static_cast<u32>((c / 32 * size + rank) * 32 + lane), w);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) marks[c / 32 * 128 + j * 32 + lane] = static_cast<u16>(w[j] >> 16);
+    }
+  }
+
+  // What bins count from: the largest of 128 tokens a warp, without penalties. A row of much larger logits has tokens in bin 0.
+  ATTNKIT_DEVICE Raw<Type> ask_sample() const {
+    const int v = (p.V + kChunk - 1) / kChunk * warp / kArriveWarps * kChunk + lane * 4;
+    Raw<Type> sample;
+    if (r.logits_wide && v + 4 <= p.V) {
+      sample = load_stream<Type>(r.logits + static_cast<i64>(v) * (Type == kF32 ? 4 : 2));
+    } else {
+      sample = load_four_guarded<Type>(r.logits, v, p.V);
+    }
+    return sample;
+  }
+  ATTNKIT_DEVICE void use_sample(const Raw<Type>& sample) {
+    float x[4], most = -kF32Max;
+    widen_four<Type>(sample, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) most = x[i] < kF32Max ? fmaxf(most, x[i]) : most;
+    const u32 key = __reduce_max_sync(0xffffffffu, order_key(most));
+    const int t = thread_here();
+    if (t % 32 == 0) s.most[t / 32] = order_value(key);
+    __syncthreads();
+    highest = order_value(__reduce_max_sync(0xffffffffu, order_key(s.most[lane % kArriveWarps]))) + kAbove / scale;
+  }
+
+  // All pieces of this CTA's share, 512 tokens each, those that follow on their way: ``take`` gets what a lane has of one and the
+  // place of its group. While L2 asks for the first, words are worked out; loads would make who waits for the sample wait for them.
+  template <class F>
+  ATTNKIT_DEVICE void stream_share(F&& take) {
+    constexpr int kParts = 4 / kPiecesAhead;
+    const int parts = n / 128 * kParts, last = (b + 1) * p.blocks;
+    const auto spot_of = [&](int i) { return Spot<Type>(p, i < parts ? b * p.blocks + i / kParts * size + rank : last, last); };
+    int i = warp;
+    Spot<Type> spot = spot_of(i);
+    const Raw<Type> sample = ask_sample();
+    spot.template ask_l2<kPiecesAhead>(i % kParts * kPiecesAhead);
+    __syncthreads();
+    load_words();
+    use_sample(sample);
+    Raw<Type> raw[kPiecesAhead][4];
+    if (spot.whole) {
+#pragma unroll
+      for (int u = 0; u < kPiecesAhead; ++u) spot.load(raw[u], i % kParts * kPiecesAhead + u);
+    }
+#pragma unroll 1
+    for (; i < parts; i += kArriveWarps) {
+      const Spot<Type> next = spot_of(i + kArriveWarps);
+      const int first = i % kParts * kPiecesAhead, at = i * (128 / kParts) + lane;  // kArriveWarps is a multiple of kParts
+      if (spot.whole) {
+#pragma unroll
+        for (int u = 0; u < kPiecesAhead; ++u) {
+          take(raw[u], at + u * 32);
+          if (next.whole) next.load(raw[u], first + u);
+        }
+      } else {
+#pragma unroll 1
+        for (int u = 0; u < kPiecesAhead; ++u) {
+          Raw<Type> held[4];
+          load_piece<Type, false>(held, r, o, spot.v + (first + u) * kPiece + lane * 4, p.V);
+          take(held, at + u * 32);
+        }
+        if (next.whole) {
+#pragma unroll
+          for (int u = 0; u < kPiecesAhead; ++u) next.load(raw[u], first + u);
+        }
+      }
+      spot = next;
+    }
+  }
+
+  // The same with penalties: one piece is on its way.
+  template <class F>
+  ATTNKIT_DEVICE void stream_penalised(F&& take) {
+    const int pieces = n / 32;
+    const auto first_of = [&](int i) { return (i / 4 * size + rank) * kBlock + i % 4 * kPiece; };
+    int i = warp;
+    Fetched<Type, true> fetched;
+    const Raw<Type> sample = ask_sample();
+    __syncthreads();
+    if (i < pieces) fetched.ask(r, first_of(i) + lane * 4, p.V);
+    load_words();
+    use_sample(sample);
+#pragma unroll 1
+    for (; i < pieces; i += kArriveWarps) {
+      const int coming = i + kArriveWarps;
+      Raw<kF32> held[4];
+      fetched.use(held, r, o, first_of(i) + lane * 4, p.V);
+      if (coming < pieces) fetched.ask(r, first_of(coming) + lane * 4, p.V);
+      take(held, i * 32 + lane);
+    }
+  }
+
+  // Fills groups and bins. A lane's largest logit, or NaN, and its mass, that one counting one.
+  ATTNKIT_DEVICE float2 take_in() {
+    const u32 first = smem_address(bins) - (0x4b000000u << 2);
+    float most = -kF32Max, sum = 0.0f;
+    const auto take = [&](const Raw<kHeld>(&raw)[4], int i) {
+      const float peak = peak_of<kHeld>(raw), share = sum_of<kHeld>(raw, peak, scale), was = most;
+      most = max_nan(was, fminf(peak, kF32Max));
+      if (peak != peak) most = peak;
+      groups[i] = make_float2(peak, share);
+      sum = sum * exp2_fast((was - most) * scale) + share * exp2_fast((fminf(peak, kF32Max) - most) * scale);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float x[4];
+        widen_four<kHeld>(raw[c], x);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          asm volatile("red.shared.add.u32 [%0], 1;" ::"r"((__float_as_uint(level_of(x[j])) << 2) + first) : "memory");
+        }
+      }
+    };
+    if constexpr (Penalised) {
+      stream_penalised(take);
+    } else {
+      stream_share(take);
+    }
+    return make_float2(most, sum);
+  }
+
+  // ---- the row's mass ----
+
+  // The largest of all lanes, and the mass of all.
+  ATTNKIT_DEVICE float2 gather(float2 mine) const {
+    const float most = order_value(__reduce_max_sync(0xffffffffu, order_key(mine.x)));
+    float sum = mine.y * exp2_fast((mine.x - most) * scale);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return make_float2(most, sum);
+  }
+
+  // What the row weighs. False for a row with NaN or without a token.
+  ATTNKIT_DEVICE bool add_up_row(float2 mine) {
+    const float2 own = gather(mine);
+    if (lane == 0) s.warps[warp] = own;
+    __syncthreads();
+    const float2 none = make_float2(-kF32Max, 0.0f);
+    float2 all = gather(lane < kArriveWarps ? s.warps[lane] : none);
+    here = all.x, mass = all.y;
+    if (size > 1) {
+      cluster_wait();
+      const uint4 record = make_uint4(__float_as_uint(here), __float_as_uint(mass), 0, 0);
+      if (threadIdx.x < size) store_remote(remote_address(&s.about[rank], threadIdx.x), record);
+      cluster_sync();
+      const uint4 q = s.about[min(lane, size - 1)];
+      all = gather(lane < size ? make_float2(__uint_as_float(q.x), __uint_as_float(q.y)) : none);
+    }
+    largest = all.x, whole = all.y, top = warm(largest, o);
+    return whole > 0.0f;
+  }
+};
+
+}  // namespace attnkit::sampling
