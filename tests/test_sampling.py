@@ -10,6 +10,7 @@ from attnkit import reference
 from attnkit.backends.cuda import sampling as cuda_sampling
 from attnkit.sampling import KERNELS
 from attnkit.signature import SampleSig
+from tests import inputs
 from tests.kernels import every, skip_if_declined
 
 SETTINGS = {
@@ -61,36 +62,11 @@ def test_the_first_kept_to_arrive(p, impl, device):
 @pytest.mark.parametrize(("impl", "device"), every(KERNELS))
 def test_every_option_as_a_tensor(impl, device):
     B, V = 8, 517
-    logits, g = logits_of(B, V, device), torch.Generator(device=device).manual_seed(1)
-
-    def rand(low, high):
-        return torch.rand(B, generator=g, device=device) * (high - low) + low
-
-    temperature = rand(0.5, 1.5)
-    temperature[0] = 0
-    top_k = torch.randint(0, 60, (B,), generator=g, device=device)
-    words = torch.randint(-(2**31), 2**31 - 1, (B, (V + 31) // 32), generator=g, device=device, dtype=torch.int32)
-    words[:, 0] |= 1
-    options = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": rand(0.5, 1.0),
-        "min_p": rand(0.0, 0.02),
-        "repetition_penalty": rand(0.8, 1.5),
-        "presence_penalty": rand(-1, 1),
-        "frequency_penalty": rand(-1, 1),
-        "output_counts": torch.randint(0, 3, (B, V), generator=g, device=device, dtype=torch.int32),
-        "prompt_mask": torch.rand(B, V, generator=g, device=device) < 0.3,
-        "logit_bias": torch.randn(V, generator=g, device=device),
-        "allowed": words,
-        "seed": torch.randint(-(2**63), 2**63 - 1, (B,), generator=g, device=device),
-        "offset": torch.arange(B, device=device) + 2**33,
-        "logprobs": 3,
-    }
+    logits, options = logits_of(B, V, device), inputs.of_a_draw(B, V, device) | {"logprobs": 3}
     got, want = draw(logits, impl, **options), attnkit.sample(logits, impl="torch", **options)
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.top_ids, want.top_ids)
     assert torch.allclose(got.logprobs, want.logprobs, atol=1e-5)
-    bit = (words.gather(1, (got.tokens // 32)[:, None])[:, 0] >> (got.tokens % 32)) & 1
+    bit = (options["allowed"].gather(1, (got.tokens // 32)[:, None])[:, 0] >> (got.tokens % 32)) & 1
     assert (bit == 1).all()
 
 

@@ -19,6 +19,15 @@ CUDA = [p for p in every(KERNELS) if p.id == "cuda_sm90"]
 ALONE = builds.MOST_LOCAL * builds.GROUP
 
 
+def odd_rows(B: int, V: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal logits, +inf in one row, NaN in one, and one of which no token is possible."""
+    x = normal(B, V, dtype, seed=B)
+    x[B // 5, 777] = float("inf")
+    x[B // 3, V - 1] = float("nan")
+    x[B // 2] = -float("inf")
+    return x
+
+
 @pytest.mark.parametrize(("impl", "device"), CUDA)
 @pytest.mark.parametrize("B", [1, 8, 15, 16, 33, 64, 100, 140, 270])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -26,10 +35,7 @@ def test_top_p_alone_of_any_batch(dtype, B, impl, device):
     """Kept from one token to all; greedy rows and rows without a filter, NaN, nothing and +inf among them."""
     V, one_of = 40001, chooser(B)
     o = {"temperature": one_of(1.0, 0.7, 1.5, 9.0, 0.0), "top_p": one_of(1.0, 0.9, 0.5, 0.1, 0.99, 0.001)}
-    x = normal(B, V, dtype, seed=B)
-    x[B // 5, 777] = float("inf")
-    x[B // 3, V - 1] = float("nan")
-    x[B // 2] = -float("inf")
+    x = odd_rows(B, V, dtype)
     for seed in range(2):
         got, want = both(x, impl, seed=seed, **o)
         assert torch.equal(got.valid, want.valid)
@@ -84,10 +90,7 @@ def test_penalties_under_a_tensor_of_p(B, dtype, impl, device):
     """Every row its own p and temperature; cold rows, NaN and rows without a token among them."""
     V, one_of = 40001, chooser(B)
     o = {"temperature": one_of(1.0, 0.7, 9.0, 0.0), "top_p": one_of(0.1, 0.5, 0.59, 0.6, 0.9, 1.0)}
-    x = normal(B, V, dtype, seed=B)
-    x[B // 5, 777] = float("inf")
-    x[B // 3, V - 1] = float("nan")
-    x[B // 2] = -float("inf")
+    x = odd_rows(B, V, dtype)
     counts = torch.randint(0, 64, (B, V), device="cuda", dtype=torch.int32).sub_(60).clamp_(min=0)
     for seed in range(3):
         got, want = both(x, impl, seed=seed, output_counts=counts, frequency_penalty=0.2, presence_penalty=0.3, **o)
