@@ -34,6 +34,7 @@ def cases() -> Iterator[tuple[Any, str]]:
     from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
     from attnkit.workload_cache import Merge, WriteKv, WriteLatent
     from attnkit.workload_hidden import SampleFromHidden
+    from attnkit.workload_quantize import RmsNormQuantize, SiluMulQuantize
 
     lens = (300, 1, 77)
     every = [
@@ -57,6 +58,8 @@ def cases() -> Iterator[tuple[Any, str]]:
         *(Gemm(M=64, N=520, K=2048, dtype=kind, bias=True) for kind in ("int8", "fp8")),
         Gemm(M=1500, N=4160, K=256, dtype="fp8"),  # several tiles a CTA, each begun while the one before it is finished
         *(Quantize(M=9, K=1000, dtype=kind) for kind in ("int8", "fp8")),
+        *(RmsNormQuantize(M=9, K=1000, residual=residual) for residual in (False, True)),
+        SiluMulQuantize(M=9, K=1000),
         Sample(B=3, V=32003, top_k=50, top_p=0.9),
         Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
         # By arrival, rows of a CTA each and rows that several share, and by cutting the row; flat rows, of which more is kept than
