@@ -138,3 +138,16 @@ def test_what_levels_do_not_tell(p, B, impl, device):
             got, want = both(x.to(dtype), impl, seed=6, top_p=p, temperature=temperature)
             assert got.valid.all()
             assert (got.tokens != want.tokens).sum() <= max(1, B // 50)
+
+
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+def test_what_a_mask_leaves_lies_below_all_levels(p, impl, device):
+    """Levels go by the logits as they come: here those that are allowed lie 60 below the others."""
+    B, V = 100, 33001
+    x = normal(B, V, seed=3)
+    x[:, ::2] += 60.0
+    odd = torch.full((B, -(-V // 32)), 0xAAAAAAAA - 2**32, device=device, dtype=torch.int32)
+    got, want = both(x, impl, seed=5, top_p=p, allowed=odd)
+    assert got.valid.all() and (got.tokens % 2 == 1).all()
+    assert (got.tokens != want.tokens).sum() <= 1

@@ -12,6 +12,13 @@ namespace attnkit::sampling {
 ATTNKIT_DEVICE int group_order(int id) { return (id / kPiece * 32 + id % kChunk / 4) * 16 + id % kPiece / kChunk * 4 + id % 4; }
 ATTNKIT_DEVICE int of_group_order(int at) { return first_of_group(at / 16) + at % 16 / 4 * kChunk + at % 4; }
 
+// Nothing is told: at first, and again when all have read.
+ATTNKIT_DEVICE void forget_told(ArriveShared& s) {
+  const int t = thread_here();
+  if (t < kTold) s.told[t].key = 0;
+  if (t == 0) s.n_early = s.n_told = s.over = 0;
+}
+
 template <int Type, bool Penalised>
 struct ArriveRow {
   using Share = ArriveShare<Type, Penalised>;
@@ -146,13 +153,6 @@ struct ArriveRow {
     for (int cta = 0; cta < h.size; ++cta) store_remote(remote_address(&s.over, cta), 1u);
   }
 
-  // Nothing is told: at first, and again when all have read.
-  ATTNKIT_DEVICE void forget_told() {
-    const int t = thread_here();
-    if (t < kTold) s.told[t].key = 0;
-    if (t == 0) s.n_early = s.n_told = s.over = 0;
-  }
-
   // Puts what is told in order of time, a warp a token, and adds up bounds at once where there are few.
   ATTNKIT_DEVICE void sort_told() {
     const int last = h.size == 1 ? min(s.n_told, kTold) : kTold;
@@ -249,7 +249,7 @@ struct ArriveRow {
   // Nothing is told, once all have read what was. A probe may have been weighed meanwhile: the words' room is a list then.
   ATTNKIT_DEVICE void start_over() {
     h.meet();
-    forget_told();
+    forget_told(s);
     h.load_words();
     h.meet();
   }
@@ -265,7 +265,7 @@ struct ArriveRow {
     }
     bounded = false;
     const u32* const bounds = scales.close_sums();
-    const u32 wanted = scales.wanted, margin = scales.margin();
+    const u32 wanted = scales.wanted, margin = scales.level_margin();
     const u32 kept = __ballot_sync(0xffffffffu, lane < found && bounds[lane % kProbes] + margin < wanted);
     const u32 refused = __ballot_sync(0xffffffffu, lane < found && bounds[kProbes + lane % kProbes] >= wanted + margin);
 #pragma unroll 1
@@ -342,8 +342,7 @@ ATTNKIT_DEVICE void sample_arrive(const SampleParams& p) {
   const int t = thread_here();
   for (int i = t; i < kBins / 4; i += kArriveThreads) reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
   if (t < 3 * 2 * kProbes) s.above[0][t] = 0;
-  if (t < kTold) s.told[t].key = 0;
-  if (t == 0) s.n_early = s.n_told = s.over = 0;
+  forget_told(s);
   if (size > 1) cluster_arrive();
   wait_for_previous_grid();
   launch_dependents();

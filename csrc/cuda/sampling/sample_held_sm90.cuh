@@ -13,9 +13,15 @@ constexpr int kMostEarly = 256;  // groups of a CTA that arrive early
 constexpr int kTold = 128;       // tokens of a row that arrive early
 constexpr int kProbes = 16;      // tokens that are judged at a time
 
-// Levels: from kAbove powers of two above a reference down, kRange in all, a bin each; the last holds all that is lower too.
+// Levels, a bin each, even in logits; the last holds all that is lower too. How far apart they are is the row's affair: up to
+// kAbove powers of two above the largest of a sample, and kBelow below it.
 constexpr int kBins = 16384, kCell = 32, kCells = kBins / kCell;
-constexpr float kAbove = 24.0f, kRange = 48.0f, kStep = kRange / (kBins - 1);
+constexpr float kAbove = 24.0f, kBelow = 24.0f;
+
+// ``highest``: the logit of bin 0; ``per_logit``: of all levels; ``step``: between two, in powers of two.
+struct Levels {
+  float highest, per_logit, step;
+};
 
 // A token that arrives early; the larger the key, the earlier. ``logit``: after temperature.
 struct alignas(16) Arrival {
@@ -33,15 +39,17 @@ struct ArriveShared {
   u64 sums[kArriveWarps];
   float2 warps[kArriveWarps];  // of every warp: largest logit, mass
   float most[kArriveWarps];
+  float2 samples[kArriveWarps];  // of every warp: largest logit of its sample, and how far below it the others are
   u32 above[3][2 * kProbes];
   float before[kCells + 1];    // what the cells before a cell weigh
   int early[kMostEarly];
   RowOptions options;          // here, as are the next, since registers are scarce
   u64 seed, offset;
-  int n_early, n_told, n_near;
+  Levels levels;
+  int n_early, n_told;
   int over;  // some CTA had more to tell
 };
-static_assert(sizeof(ArriveShared) == 7296, "ARRIVE_BYTES");
+static_assert(sizeof(ArriveShared) == 7440, "ARRIVE_BYTES");
 
 // What follows from these is not worked out ahead of a loop: there are no registers to keep it.
 ATTNKIT_DEVICE float hidden(float x) {
@@ -95,7 +103,7 @@ struct ArriveShare {
   const RowOptions& o;
   const float scale;  // to powers of two
   const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
-  float highest = 0.0f;              // the logit of bin 0
+  float highest = 0.0f, per_logit = 0.0f;  // levels', while logits stream by
   float here = 0.0f, mass = 0.0f;    // this CTA's largest logit, and its mass, that one counting one
   float largest = 0.0f, top = 0.0f;  // the row's largest logit, before and after temperature
   float whole = 0.0f;                // the row's mass, the row's largest counting one
@@ -117,10 +125,12 @@ struct ArriveShare {
   }
 
   // 2^23 and the bin of a logit.
-  ATTNKIT_DEVICE float level_of(float x) const {
-    return __fmaf_rn(__saturatef((highest - x) * (scale * (1.0f / kRange))), static_cast<float>(kBins - 1), 8388608.0f);
+  ATTNKIT_DEVICE static float level_of(float x, float highest, float per_logit) {
+    return __fmaf_rn(__saturatef((highest - x) * per_logit), static_cast<float>(kBins - 1), 8388608.0f);
   }
-  ATTNKIT_DEVICE int bin_of(float x) const { return static_cast<int>(__float_as_uint(level_of(x)) - 0x4b000000u); }
+  ATTNKIT_DEVICE int bin_of(float x) const {
+    return static_cast<int>(__float_as_uint(level_of(x, s.levels.highest, s.levels.per_logit)) - 0x4b000000u);
+  }
 
   // ---- one read of the logits ----
 
@@ -135,7 +145,7 @@ struct ArriveShare {
     }
   }
 
-  // What bins count from: the largest of 128 tokens a warp, without penalties. A row of much larger logits has tokens in bin 0.
+  // What levels go by: 128 tokens a warp, without penalties. A row of much larger logits has tokens in bin 0.
   ATTNKIT_DEVICE Raw<Type> ask_sample() const {
     const int v = (p.V + kChunk - 1) / kChunk * warp / kArriveWarps * kChunk + lane * 4;
     Raw<Type> sample;
@@ -147,31 +157,55 @@ struct ArriveShare {
     return sample;
   }
   ATTNKIT_DEVICE void use_sample(const Raw<Type>& sample) {
-    float x[4], most = -kF32Max;
+    float x[4], most = -kF32Max, below = 0.0f;
     widen_four<Type>(sample, x);
 #pragma unroll
     for (int i = 0; i < 4; ++i) most = x[i] < kF32Max ? fmaxf(most, x[i]) : most;
-    const u32 key = __reduce_max_sync(0xffffffffu, order_key(most));
+    most = order_value(__reduce_max_sync(0xffffffffu, order_key(most)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) below += fminf(fmaxf(most - x[i], 0.0f) * scale, kBelow);
+    const u32 sum = __reduce_add_sync(0xffffffffu, __float2uint_rn(below * 256.0f));
     const int t = thread_here();
-    if (t % 32 == 0) s.most[t / 32] = order_value(key);
+    if (t % 32 == 0) s.samples[t / 32] = make_float2(most, __uint2float_rn(sum) * (1.0f / (128 * 256)));
     __syncthreads();
-    highest = order_value(__reduce_max_sync(0xffffffffu, order_key(s.most[lane % kArriveWarps]))) + kAbove / scale;
+    const float2 one = s.samples[lane % kArriveWarps];
+    most = order_value(__reduce_max_sync(0xffffffffu, order_key(one.x)));
+    below = one.y + fminf((most - one.x) * scale, kBelow);
+    set_levels(most, __uint2float_rn(__reduce_add_sync(0xffffffffu, __float2uint_rn(below * 256.0f))) * (1.0f / (32 * 256)));
   }
 
-  // All pieces of this CTA's share, 512 tokens each, those that follow on their way: ``take`` gets what a lane has of one and the
-  // place of its group. While L2 asks for the first, words are worked out; loads would make who waits for the sample wait for them.
+  // The largest of a sample, and by how many powers of two the others are below it on average: of flat rows levels are close.
+  ATTNKIT_DEVICE void set_levels(float most, float below) {
+    const float above = fminf(5.0f * below + 2.0f, kAbove), range = above + fminf(2.0f * below + 0.5f, kBelow);
+    highest = most + above * reciprocal(scale), per_logit = scale * reciprocal(range);
+    s.levels = Levels{highest, per_logit, range * (1.0f / (kBins - 1))};  // all threads the same
+  }
+
+  // While L2 asks for the first pieces, words are worked out; loads would make who waits for the sample wait for them.
   template <class F>
   ATTNKIT_DEVICE void stream_share(F&& take) {
-    constexpr int kParts = 4 / kPiecesAhead;
-    const int parts = n / 128 * kParts, last = (b + 1) * p.blocks;
-    const auto spot_of = [&](int i) { return Spot<Type>(p, i < parts ? b * p.blocks + i / kParts * size + rank : last, last); };
-    int i = warp;
-    Spot<Type> spot = spot_of(i);
+    const Spot<Type> spot = spot_of(warp);
     const Raw<Type> sample = ask_sample();
-    spot.template ask_l2<kPiecesAhead>(i % kParts * kPiecesAhead);
+    spot.template ask_l2<kPiecesAhead>(warp % kParts * kPiecesAhead);
     __syncthreads();
     load_words();
     use_sample(sample);
+    read_share(warp, take);
+  }
+
+  // A warp takes a part of a block at a time; kArriveWarps is a multiple of kParts.
+  static constexpr int kParts = 4 / kPiecesAhead;
+  ATTNKIT_DEVICE Spot<Type> spot_of(int i) const {
+    const int last = (b + 1) * p.blocks;
+    return Spot<Type>(p, i < n / 128 * kParts ? b * p.blocks + i / kParts * size + rank : last, last);
+  }
+
+  // All pieces of this CTA's share, 512 tokens each, those that follow on their way: ``take`` gets what a lane has of one and the
+  // place of its group; the warp's own part is ``i``.
+  template <class F>
+  ATTNKIT_DEVICE void read_share(int i, F&& take) const {
+    const int parts = n / 128 * kParts;
+    Spot<Type> spot = spot_of(i);
     Raw<Type> raw[kPiecesAhead][4];
     if (spot.whole) {
 #pragma unroll
@@ -180,7 +214,7 @@ struct ArriveShare {
 #pragma unroll 1
     for (; i < parts; i += kArriveWarps) {
       const Spot<Type> next = spot_of(i + kArriveWarps);
-      const int first = i % kParts * kPiecesAhead, at = i * (128 / kParts) + lane;  // kArriveWarps is a multiple of kParts
+      const int first = i % kParts * kPiecesAhead, at = i * (128 / kParts) + lane;
       if (spot.whole) {
 #pragma unroll
         for (int u = 0; u < kPiecesAhead; ++u) {
@@ -241,7 +275,7 @@ struct ArriveShare {
         widen_four<kHeld>(raw[c], x);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          asm volatile("red.shared.add.u32 [%0], 1;" ::"r"((__float_as_uint(level_of(x[j])) << 2) + first) : "memory");
+          asm volatile("red.shared.add.u32 [%0], 1;" ::"r"((__float_as_uint(level_of(x[j], highest, per_logit)) << 2) + first) : "memory");
         }
       }
     };

@@ -25,9 +25,9 @@ struct Weigh {
     wanted = max(1u, __float2uint_ru(fminf(top_p, 1.0f) * (h.whole * unit)));
   }
 
-  // Sums of floats differ from the sum of whole numbers, one a token, that decides, by less: 1e-5 for their own rounding and
-  // half a unit a token for that of the others.
-  ATTNKIT_DEVICE u32 margin() const { return (wanted >> 14) + static_cast<u32>(h.p.V) / 2 + kBins; }
+  // Sums of floats differ from the one that decides by less, 1e-5 of what they add up; bounds by levels add up the whole.
+  ATTNKIT_DEVICE u32 margin() const { return (wanted >> 15) + 64; }
+  ATTNKIT_DEVICE u32 level_margin() const { return margin() + (1u << 15); }
 
   // A logit before temperature, and from where on it surely is as large, or larger, after. The largest float is what all that
   // temperature lifts beyond it become.
@@ -61,18 +61,18 @@ struct Weigh {
 
   // ---- by levels ----
 
-  // What a bin's tokens weigh, each at its level's middle, ``here`` counting one. Within kWithin of what they do.
-  static constexpr float kWithin = 1.1e-3f;
+  // What a bin's tokens weigh, each at its level's middle, ``here`` counting one. Within ``within`` of what they do.
   ATTNKIT_DEVICE float middle_of(int bin) const {
-    return exp2_fast(fminf(__fmaf_rn(static_cast<float>(bin), -kStep, (hidden(h.highest) - h.here) * h.scale), 100.0f));
+    return exp2_fast(fminf(__fmaf_rn(static_cast<float>(bin), -h.s.levels.step, (h.s.levels.highest - h.here) * h.scale), 100.0f));
   }
+  ATTNKIT_DEVICE float within() const { return 0.35f * h.s.levels.step + 8e-5f; }  // ln(2) / 2, and rounding
 
   // What the cells before each cell weigh: the upper half of the warps, while the others are at something else.
   static constexpr int kAdders = kArriveThreads / 2;
   ATTNKIT_DEVICE void add_up_cells() {
     constexpr int kEach = kCells / kAdders, kChunks = kCell / 4;
     const int t = thread_here() - kAdders, warp = t / 32;
-    const float later = exp2_fast(-kStep);
+    const float later = exp2_fast(-h.s.levels.step);
     float cells[kEach], upto = 0.0f;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
@@ -106,9 +106,10 @@ struct Weigh {
   ATTNKIT_DEVICE float refused_from() const {
     static_assert(kCells <= kArriveThreads);
     const int t = thread_here();
-    const float enough = static_cast<float>(wanted + margin()) / unit * (1.0f + 2.0f * kWithin);
+    const float enough = static_cast<float>(wanted + level_margin()) / unit * (1.0f + 2.0f * within());
     const int kept = __syncthreads_count(t < kCells && h.s.before[min(t, kCells - 1)] < enough);
-    const float lowest = h.highest - static_cast<float>(kept * kCell + 2) * (kStep / h.scale);
+    if (kept == kCells) return negative_infinity();
+    const float lowest = h.s.levels.highest - static_cast<float>(kept * kCell + 2) * (h.s.levels.step / h.scale);
     return lowest - 2.0f * fabsf(lowest) * kRounding;
   }
 
@@ -129,8 +130,8 @@ struct Weigh {
       const float levels = h.s.before[kCells] * to_units;
       const float tail = __uint2float_rn(h.bins[kBins - 1]) * middle_of(kBins - 1) * to_units;
       const float high = upto(last, to_units), low = surely >= 0 ? upto(surely, to_units) : 0.0f;
-      if (last < kBins - 1) most = fminf(high * (1.0f + kWithin), all - fmaxf(levels - high - tail, 0.0f) * (1.0f - kWithin));
-      few = fmaxf(low * (1.0f - kWithin), all - (levels - low) * (1.0f + kWithin));
+      if (last < kBins - 1) most = fminf(high * (1.0f + within()), all - fmaxf(levels - high - tail, 0.0f) * (1.0f - within()));
+      few = fmaxf(low * (1.0f - within()), all - (levels - low) * (1.0f + within()));
     }
     if (probe.id / kBlock % h.size == h.rank) most -= 0.999f * h.mass_of(from(probe.logit)) * to_units;
     if (h.lane < 2) add_sum(h.lane * kProbes + q, __float2uint_rn(fmaxf(h.lane == 0 ? most : few, 0.0f)));
@@ -155,8 +156,8 @@ struct Weigh {
 
   // What precedes a probe in a group, the row's largest logit counting one.
   ATTNKIT_DEVICE float sum_before(const Raw<kHeld> (&raw)[4], int number, const Edge& edge) const {
-    const float shift = -h.largest * h.scale;
     const int behind = edge.id - first_of_group(number);
+    const float shift = -h.largest * h.scale;
     float sums[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -172,16 +173,16 @@ struct Weigh {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 
-  // Listed groups from place ``j`` on, one in ``step``, those that follow on their way: ``take`` gets the tokens and the number.
-  template <class F>
-  ATTNKIT_DEVICE void read_groups(const u16* list, int found, int j, int step, F&& take) const {
+  // Groups from place ``j`` on, one in ``step``, those that follow on their way: ``take`` gets the tokens and the number.
+  template <class N, class F>
+  ATTNKIT_DEVICE void read_groups(N&& number_at, int found, int j, int step, F&& take) const {
     const RowPointers& r = h.r;
     const SampleParams& p = h.p;
     if constexpr (Penalised) {
       // There are no registers for two: L2 asks for the next.
 #pragma unroll 1
       for (; j < found; j += step) {
-        const int v = first_of_group(list[j]), next = first_of_group(list[min(j + step, found - 1)]);
+        const int v = first_of_group(number_at(j)), next = first_of_group(number_at(min(j + step, found - 1)));
         Fetched<Type, true> fetched;
         fetched.ask(r, v, p.V);
 #pragma unroll
@@ -192,7 +193,7 @@ struct Weigh {
         }
         Raw<kF32> held[4];
         fetched.use(held, r, h.o, v, p.V);
-        take(held, list[j]);
+        take(held, number_at(j));
       }
     } else {
 #pragma unroll 1
@@ -200,11 +201,11 @@ struct Weigh {
         Fetched<Type, false> fetched[kNearAhead];
 #pragma unroll
         for (int u = 0; u < kNearAhead; ++u) {
-          if (j + u * step < found) fetched[u].ask(r, first_of_group(list[j + u * step]), p.V);
+          if (j + u * step < found) fetched[u].ask(r, first_of_group(number_at(j + u * step)), p.V);
         }
 #pragma unroll
         for (int u = 0; u < kNearAhead; ++u) {
-          if (j + u * step < found) take(fetched[u].raw, list[j + u * step]);
+          if (j + u * step < found) take(fetched[u].raw, number_at(j + u * step));
         }
       }
     }
@@ -230,41 +231,58 @@ struct Weigh {
       peaks += surely ? peak : 0.0f;
     }
     __syncwarp();
-    read_groups(list, found, h.lane, 32, [&](const Raw<kHeld>(&raw)[4], int number) { sum += sum_before(raw, number, edge); });
+    const auto number_at = [=](int j) { return static_cast<int>(list[j]); };
+    read_groups(number_at, found, h.lane, 32, [&](const Raw<kHeld>(&raw)[4], int number) { sum += sum_before(raw, number, edge); });
     return sum + peaks * h.part();
   }
 
-  // What precedes a probe by sums of floats; false if that is too close to what is wanted.
+  // The same by reading all of the share.
+  ATTNKIT_DEVICE float add_all(const Edge& edge) const {
+    float sum = 0.0f;
+    if constexpr (!Penalised) {
+      h.read_share(thread_here() / 32, [&](const Raw<kHeld>(&raw)[4], int i) { sum += sum_before(raw, h.number_of(i), edge); });
+    }
+    return sum;
+  }
+
+  // Whether many groups have a token from ``least`` on. By all.
+  ATTNKIT_DEVICE bool many_near(float least) const {
+    int near = 0, all = 0;
+#pragma unroll 1
+    for (int i = thread_here(); i < h.n; i += kArriveThreads) near += h.groups[i].x >= least ? 1 : 0, ++all;
+    return __syncthreads_count(3 * near > all) > kArriveThreads / 2;
+  }
+
+  // What precedes a probe by sums of floats; false if that is too close to what is wanted. Where many groups are near it is sooner
+  // to read all than to list them.
   ATTNKIT_DEVICE bool weigh_roughly(const Place& probe, bool& kept) {
     Edge edge;
     if (!(fabsf(h.largest * h.scale) < 64.0f) || !edge_of(probe, edge)) return false;
-    const u32 above = *add_up<1>(__reduce_add_sync(0xffffffffu, __float2uint_rn(add_near(probe.logit, edge) * unit)));
+    const float sum = !Penalised && many_near(from(probe.logit)) ? add_all(edge) : add_near(probe.logit, edge);
+    const u32 above = *add_up<1>(__reduce_add_sync(0xffffffffu, __float2uint_rn(sum * unit)));
     kept = above < wanted;
     return above + margin() < wanted || above >= wanted + margin();
   }
 
-  // Lists the groups whose peak reaches ``least``.
-  ATTNKIT_DEVICE int list_near(float least) {
-    ArriveShared& s = h.s;
-    if (threadIdx.x == 0) s.n_near = 0;
-    __syncthreads();
-#pragma unroll 1
-    for (int i = thread_here(); i < h.n; i += kArriveThreads) {
-      const bool mine = h.groups[i].x >= least;
-      const u32 is = __ballot_sync(0xffffffffu, mine);
-      int at = 0;
-      if (h.lane == 0 && is != 0) at = atomicAdd(&s.n_near, __popc(is));
-      at = __shfl_sync(0xffffffffu, at, 0) + __popc(is & ((1u << h.lane) - 1));
-      if (mine) h.marks[at] = static_cast<u16>(h.number_of(i));
-    }
-    __syncthreads();
-    return s.n_near;
-  }
+  // ---- exactly ----
 
-  // What precedes a probe after temperature, as a sum of whole numbers, one a token.
-  ATTNKIT_DEVICE u32 add_near_exactly(int found, const Place& probe) const {
-    u32 above = 0;
-    read_groups(h.marks, found, thread_here(), kArriveThreads, [&](const Raw<kHeld>(&raw)[4], int number) {
+  // A sum of whole multiples of 2^-16 units, to which each addend is rounded down: no order of adding shows.
+  struct Exact {
+    static constexpr double kZero = 103079215104.0;  // 1.5 2^36, whose last bit is 2^-16
+    double sum = kZero;
+    ATTNKIT_DEVICE void add(float units) { sum = __dadd_rd(sum, static_cast<double>(units)); }
+    // In two numbers of 20 and 28 bits, of a warp.
+    ATTNKIT_DEVICE u32 low() const { return __reduce_add_sync(0xffffffffu, static_cast<u32>(whole() & 0xfffff)); }
+    ATTNKIT_DEVICE u32 high() const { return __reduce_add_sync(0xffffffffu, static_cast<u32>(whole() >> 20)); }
+    ATTNKIT_DEVICE u64 whole() const { return static_cast<u64>((sum - kZero) * 65536.0); }
+    ATTNKIT_DEVICE static double of(u32 low, u32 high) { return static_cast<double>(high) * 1048576.0 + static_cast<double>(low); }
+  };
+
+  // What precedes a probe after temperature, token by token: the share is read again.
+  ATTNKIT_DEVICE Exact add_tokens(const Place& probe) const {
+    Exact above;
+    read_groups([&](int j) { return h.number_of(j); }, h.n, thread_here(), kArriveThreads, [&](const Raw<kHeld>(&raw)[4], int number) {
+      const int first = first_of_group(number);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float x[4];
@@ -272,33 +290,32 @@ struct Weigh {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float l = tempered(x[i], h.o);
-          const u32 mass = __float2uint_rn(exp2_fast((l - h.top) * kLog2e) * unit);
-          above += probe.after(l, first_of_group(number) + c * kChunk + i) ? mass : 0;
+          if (probe.after(l, first + c * kChunk + i)) above.add(exp2_fast((l - h.top) * kLog2e) * unit);
         }
       }
     });
     return above;
   }
 
-  // What the groups weigh as a sum of whole numbers, one a group.
-  ATTNKIT_DEVICE u32 add_groups_exactly() const {
-    u32 sum = 0;
+  // What all groups weigh.
+  ATTNKIT_DEVICE Exact add_groups() const {
+    Exact all;
 #pragma unroll 1
     for (int i = thread_here(); i < h.n; i += kArriveThreads) {
       const float2 group = h.groups[i];
-      sum += __float2uint_rn(group.y * exp2_fast((fminf(group.x, kF32Max) - h.largest) * h.scale) * unit);
+      all.add(group.y * exp2_fast((fminf(group.x, kF32Max) - h.largest) * h.scale) * unit);
     }
-    return sum;
+    return all;
   }
 
   // Whether a probe is kept.
   ATTNKIT_DEVICE bool weigh(const Place& probe) {
     bool kept;
     if (weigh_roughly(probe, kept)) return kept;
-    const u32 above = __reduce_add_sync(0xffffffffu, add_near_exactly(list_near(from(probe.logit)), probe));
-    const u32 all = __reduce_add_sync(0xffffffffu, add_groups_exactly());
-    const u32* const sums = add_up<2>(h.lane == 0 ? above : all);
-    return static_cast<double>(sums[0]) < fmax(1.0, ceil(static_cast<double>(hidden(top_p)) * static_cast<double>(sums[1])));
+    const Exact above = add_tokens(probe), all = add_groups();
+    const u32 parts[4] = {above.low(), above.high(), all.low(), all.high()};
+    const u32* const sums = add_up<4>(one_of(parts, h.lane & 3));
+    return Exact::of(sums[0], sums[1]) < fmax(1.0, ceil(static_cast<double>(hidden(top_p)) * Exact::of(sums[2], sums[3])));
   }
 };
 

@@ -27,7 +27,7 @@ MOST_PARTS, MOST_BLOCKS = 8, 448
 LEAST_CUT_ROWS = 16
 #: Threads of the kernel for top-p alone, which has a multiprocessor to itself; sizeof(ArriveShared) in
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
-ARRIVE_THREADS, ARRIVE_BYTES = 512, 7296 + 4 * 16384
+ARRIVE_THREADS, ARRIVE_BYTES = 512, 7440 + 4 * 16384
 MOST_LOCAL = (227 * 1024 - ARRIVE_BYTES) // (10 * BLOCK // GROUP) * (BLOCK // GROUP)
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
