@@ -69,7 +69,8 @@ def cases() -> Iterator[tuple[Any, str]]:
         *(Sample(B=5, V=32003, top_p=p, penalties=True) for p in (0.9, 0.1)),
         Sample(B=3, V=32003, dtype="bf16"),
         Sample(B=3, V=32003, temperature=0.0),
-        *(Sample(B=100, V=32004, temperature=t) for t in (0.8, 0.0)),
+        *(Sample(B=100, V=32004, temperature=t, dtype=kind) for t in (0.8, 0.0) for kind in ("fp32", "bf16")),
+        Sample(B=100, V=32003, dtype="bf16"),
         Sample(B=3, V=32003, top_k=300, logprobs=5),
         # Tiles that two CTAs share, and rows of hidden for each build; with penalties, and logits for another launch.
         *(SampleFromHidden(B=B, V=19000, H=264) for B in (3, 9, 17, 33)),

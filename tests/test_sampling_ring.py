@@ -25,30 +25,22 @@ SHAPES = [
 ]
 
 
-def rings(B: int, V: int, aligned: bool = True, kind: int = builds.F32) -> bool:
-    return builds.fits_ring(kind, B, V, aligned, 132)
-
-
 def test_what_goes_to_the_ring():
-    assert all(rings(B, V) for B, V, _ in SHAPES)
-    assert not rings(128, 131072, aligned=False) and not rings(128, 131072, kind=builds.BF16)
-    assert not rings(1, 131072) and not rings(16, 131072)  # few blocks
-    assert not rings(20, 1000000)  # many CTAs a row
-    assert not rings(64, 1048577) and not rings(200000, 2048)  # long ids, many rows a CTA
-    assert builds.ring_bytes(128, 131072, 132) == builds.RING_ALONE
-    assert builds.ring_bytes(132 * builds.RING_ROWS, 2048, 132) <= 227 * 1024
+    assert all(builds.fits_lead(B, V, 132) for B, V, _ in SHAPES)
+    assert not builds.fits_lead(1, 131072, 132) and not builds.fits_lead(16, 131072, 132)  # few blocks
+    assert not builds.fits_lead(20, 1000000, 132)  # many CTAs a row
+    assert not builds.fits_lead(64, 1048577, 132) and not builds.fits_lead(200000, 2048, 132)  # long ids, many rows a CTA
+    assert builds.lead_bytes(builds.F32, 128, 131072, 132) == builds.LEAD_ALONE
+    assert builds.lead_bytes(builds.F32, 132 * builds.LEAD_ROWS, 2048, 132) <= 227 * 1024
 
 
-@gpu
-@pytest.mark.parametrize(("impl", "device"), CUDA)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_tokens_as_the_reference(shape, impl, device):
+def compare(shape: tuple[int, int, int], impl: str, device: str, dtype: torch.dtype = torch.float32) -> None:
     """Rows of every temperature side by side, greedy ones too; NaN, +inf once and twice, nothing at all among them."""
     B, V, pitch = shape
     one_of = chooser(B)
-    wide = torch.full((B, pitch), float("nan"), device=device)
+    wide = torch.full((B, pitch), float("nan"), device=device, dtype=dtype)
     x = wide[:, :V]
-    x.copy_(normal(B, V, seed=B))
+    x.copy_(normal(B, V, dtype, seed=B))
     x[B // 5, V // 3] = float("inf")
     x[B // 4, [5, V - 1]] = float("inf")
     x[B // 3, V - 1] = float("nan")
@@ -65,12 +57,10 @@ def test_same_tokens_as_the_reference(shape, impl, device):
             assert (got.tokens != want.tokens).sum() <= B // 64
 
 
-@gpu
-@pytest.mark.parametrize(("impl", "device"), CUDA)
-def test_launches_after_one_another(impl, device):
+def repeat(impl: str, device: str, dtype: torch.dtype = torch.float32) -> None:
     """The next grid starts while one ends: each finds what CTAs meet in as it was at first."""
-    x, o = normal(128, 131072), {"seed": 5, "temperature": torch.full((128,), 0.8, device=device)}
-    small = normal(40, 131072)
+    x, o = normal(128, 131072, dtype), {"seed": 5, "temperature": torch.full((128,), 0.8, device=device)}
+    small = normal(40, 131072, dtype)
     want, fewer = (attnkit.sample(y, impl="torch", **(o | {"temperature": 0.8})).tokens for y in (x, small))
     found = []
     for _ in range(200):
@@ -79,3 +69,16 @@ def test_launches_after_one_another(impl, device):
     for got, expected in found:
         assert torch.equal(got, found[0][0] if expected is want else found[1][0])
         assert (got != expected).sum() <= 2
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_tokens_as_the_reference(shape, impl, device):
+    compare(shape, impl, device)
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+def test_launches_after_one_another(impl, device):
+    repeat(impl, device)

@@ -46,11 +46,13 @@ def _supports(sig: SampleSig) -> str | None:
 
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
-    """Who draws: "all" tokens, of many rows by a "ring", a "short" top-k, top-p without top-k and min-p by "arrival", a "cut"
-    of many rows, the "rest" of the filters. Each row is drawn by one."""
+    """Who draws: "all" tokens, of many rows by a "ring" or a "flow", a "short" top-k, top-p without top-k and min-p by
+    "arrival", a "cut" of many rows, the "rest" of the filters. Each row is drawn by one."""
     if not filtered(sig):
-        fits = builds.fits_ring(KINDS[sig.dtype], sig.B, sig.V, sig.aligned, arch.of(sig.device).sms)
-        return ("ring",) if fits and not extras(sig) else ("all",)
+        leads = not extras(sig) and builds.fits_lead(sig.B, sig.V, arch.of(sig.device).sms)
+        if leads and sig.dtype != torch.float32:
+            return ("flow",)
+        return ("ring",) if leads and sig.aligned else ("all",)
     k = sig.top_k
     if k is not None and 0 < k < sig.V and k <= builds.MOST_LISTED:
         return ("short",)
@@ -69,6 +71,8 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
         return (builds.draw(kind, penalised, sig.temperature == 0.0),)
     if way == "ring":
         return (builds.ring(),)
+    if way == "flow":
+        return (builds.flow(kind),)
     if way == "short":
         return builds.short_top_k(kind, penalised)
     if way == "arrival":
@@ -130,15 +134,15 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
     state["options"] = tuple(used)
     state["index"] = launch.index_of(sig.device)
     state["scratch"] = {}
-    state["counters"] = 4 * sig.B if ways[0] in ("all", "ring") else 0
+    state["counters"] = 4 * sig.B if ways[0] in ("all", "ring", "flow") else 0
     state["partial_bytes"] = 4 * sig.B * builds.groups(sig.V) if ways[0] == "short" else 0
     made = []
     for way in ways:
         variants = _variants(sig, way, penalised)
-        if way == "ring":
-            sms, threads = arch.of(sig.device).sms, builds.RING_THREADS
-            shared = builds.ring_bytes(sig.B, sig.V, sms)
-            made.append(_made(sig, variants[0], "attnkit_sample_ring", sms, values, pointers, shared=shared, threads=threads))
+        if way in ("ring", "flow"):
+            sms, threads = arch.of(sig.device).sms, builds.LEAD_THREADS
+            shared = builds.lead_bytes(KINDS[sig.dtype], sig.B, sig.V, sms)
+            made.append(_made(sig, variants[0], f"attnkit_sample_{way}", sms, values, pointers, shared=shared, threads=threads))
         elif way == "all":
             made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values, pointers))
         elif way == "short":

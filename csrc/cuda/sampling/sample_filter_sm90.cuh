@@ -517,7 +517,7 @@ ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
   const RowPointers pointers = row_pointers<Type>(p, row.b);
   const u32 k = row.top_k > 0 && row.top_k < p.V ? static_cast<u32>(row.top_k) : 0;
   const float share = row.share, ratio = row.ratio;
-  const Philox philox(row.seed, row.offset);
+  const Philox philox = Philox(row.seed, row.offset, kOfTokens).of_warp();
 
   // Where the first draw can be made from all tokens it is made as they are read.
   const bool early = !row.o.cold && ratio <= 0.0f && (k == 0 || share >= 1.0f);

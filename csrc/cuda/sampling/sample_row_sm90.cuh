@@ -309,13 +309,20 @@ constexpr u32 kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E
 // Which words: of every token; of every group of tokens; for the choice inside a group.
 enum Noise : u32 { kOfTokens = 0, kOfGroups = 1, kInside = 2 };
 
+// A product of all 64 bits. The compiler's own adds a zero to its upper half.
+ATTNKIT_DEVICE u64 wide_product(u32 a, u32 b) {
+  u64 r;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 // The four words of one counter.
 ATTNKIT_DEVICE void philox_words(u64 seed, u64 offset, Noise noise, u32 counter, u32 (&w)[4]) {
   u32 k0 = static_cast<u32>(seed), k1 = high_word(seed);
   u32 c0 = counter, c1 = static_cast<u32>(offset), c2 = high_word(offset), c3 = noise;
 #pragma unroll
   for (int i = 0; i < 10; ++i) {
-    const u64 a = static_cast<u64>(kPhiloxM0) * c0, b = static_cast<u64>(kPhiloxM1) * c2;
+    const u64 a = wide_product(kPhiloxM0, c0), b = wide_product(kPhiloxM1, c2);
     c0 = high_word(b) ^ c1 ^ k0;
     c1 = static_cast<u32>(b);
     c2 = high_word(a) ^ c3 ^ k1;
@@ -325,34 +332,41 @@ ATTNKIT_DEVICE void philox_words(u64 seed, u64 offset, Noise noise, u32 counter,
   w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
 }
 
-// The words of tokens. What the first two rounds have in common for all of a row is worked out once.
-struct Philox {
+// The words of many counters of a row. What the first two rounds have in common for all of them is worked out once.
+struct alignas(16) Philox {
   u32 k1, x1, x2, l3, keys[16];
 
-  // A reduction's result is known to be the same in a warp, so the keys live in registers that a warp shares.
-  ATTNKIT_DEVICE static u32 shared(u32 x) { return __reduce_or_sync(0xffffffffu, x); }
-
-  ATTNKIT_DEVICE Philox(u64 seed, u64 offset) {
+  ATTNKIT_DEVICE Philox() {}
+  ATTNKIT_DEVICE Philox(u64 seed, u64 offset, Noise noise) {
     const u32 k0 = static_cast<u32>(seed);
     k1 = high_word(seed);
-    const u64 second = static_cast<u64>(kPhiloxM1) * high_word(offset);
-    const u64 first = static_cast<u64>(kPhiloxM0) * (high_word(second) ^ static_cast<u32>(offset) ^ k0);
-    x1 = shared(static_cast<u32>(second) ^ (k0 + kPhiloxW0));
-    x2 = shared(high_word(first) ^ (k1 + kPhiloxW1));
-    l3 = shared(static_cast<u32>(first));
+    const u64 second = wide_product(kPhiloxM1, high_word(offset));
+    const u64 first = wide_product(kPhiloxM0, high_word(second) ^ static_cast<u32>(offset) ^ k0);
+    x1 = static_cast<u32>(second) ^ (k0 + kPhiloxW0);
+    x2 = high_word(first) ^ (k1 + kPhiloxW1);
+    l3 = static_cast<u32>(first);
 #pragma unroll
-    for (u32 i = 0; i < 8; ++i) keys[2 * i] = shared(k0 + (i + 2) * kPhiloxW0), keys[2 * i + 1] = shared(k1 + (i + 2) * kPhiloxW1);
-    k1 = shared(k1);
+    for (u32 i = 0; i < 8; ++i) keys[2 * i] = k0 + (i + 2) * kPhiloxW0, keys[2 * i + 1] = k1 + (i + 2) * kPhiloxW1;
+    k1 ^= noise;
   }
 
-  // The words of ids 4 group to 4 group + 3.
-  ATTNKIT_DEVICE void words(u32 group, u32 (&w)[4]) const {
-    const u64 one = static_cast<u64>(kPhiloxM0) * group;
-    const u64 two = static_cast<u64>(kPhiloxM1) * (high_word(one) ^ k1);
+  // In registers that a warp shares: a reduction's result is known to be the same in all lanes.
+  ATTNKIT_DEVICE Philox of_warp() const {
+    const auto shared = [](u32 x) { return __reduce_or_sync(0xffffffffu, x); };
+    Philox same;
+    same.k1 = shared(k1), same.x1 = shared(x1), same.x2 = shared(x2), same.l3 = shared(l3);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) same.keys[i] = shared(keys[i]);
+    return same;
+  }
+
+  ATTNKIT_DEVICE void words(u32 counter, u32 (&w)[4]) const {
+    const u64 one = wide_product(kPhiloxM0, counter);
+    const u64 two = wide_product(kPhiloxM1, high_word(one) ^ k1);
     u32 c0 = high_word(two) ^ x1, c1 = static_cast<u32>(two), c2 = static_cast<u32>(one) ^ x2, c3 = l3;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const u64 a = static_cast<u64>(kPhiloxM0) * c0, b = static_cast<u64>(kPhiloxM1) * c2;
+      const u64 a = wide_product(kPhiloxM0, c0), b = wide_product(kPhiloxM1, c2);
       c0 = high_word(b) ^ c1 ^ keys[2 * i];
       c1 = static_cast<u32>(b);
       c2 = high_word(a) ^ c3 ^ keys[2 * i + 1];

@@ -94,6 +94,32 @@ ATTNKIT_DEVICE void load_piece(Raw<Penalised ? kF32 : Type> (&held)[4], const Ro
   fetched.use(held, r, o, v, V);
 }
 
+// A block without penalties. All of it is on its way at once, but for the end of a row, which comes a piece at a time.
+template <int Type>
+ATTNKIT_DEVICE void load_block(Raw<Type> (&raw)[4][4], const SampleParams& p, int b, int inside) {
+  constexpr int kItem = Type == kF32 ? 4 : 2;
+  const char* const row = p.logits + b * p.logits_b;
+  const int v = inside * kBlock + static_cast<int>(lane_id()) * 4;
+  const char* const from = row + static_cast<i64>(v) * kItem;
+  if ((inside + 1) * kBlock > p.V) {
+#pragma unroll 1
+    for (int u = 0; u < 4; ++u) {
+#pragma unroll
+      for (int i = 0; i < 12; ++i) raw[i / 4][i % 4] = raw[i / 4 + 1][i % 4];
+      Fetched<Type, false> fetched;
+      fetched.ask(row_pointers<Type>(p, b), v + u * kPiece, p.V);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) raw[3][c] = fetched.raw[c];
+    }
+  } else if ((reinterpret_cast<u64>(row) & (Type == kF32 ? 15 : 7)) == 0) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) raw[i / 4][i % 4] = load_stream<Type>(from + i * kChunk * kItem);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) raw[i / 4][i % 4] = load_four_guarded<Type>(from + i * kChunk * kItem, 0, 4);
+  }
+}
+
 // L2 asks for a piece's logits and counts.
 template <int Type>
 ATTNKIT_DEVICE void ask_l2(const SampleParams& p, int b, int first) {

@@ -13,9 +13,9 @@ constexpr int kCandidates = 512;  // tokens that are ranked, and groups they may
 
 // ---- first launch ----
 
-template <int Type, bool Penalised>
+template <int Type>
 struct PeakWork {
-  static constexpr bool kAhead = Penalised;
+  static constexpr bool kAhead = true;
   const SampleParams& p;
   RawOptions coming;
   RowOptions o;
@@ -48,12 +48,47 @@ struct PeakWork {
   ATTNKIT_DEVICE void end(int, int) {}
 };
 
+// Without penalties: whole blocks, each asked for once the one before is done with. Whether a row is wanted comes with its logits.
+template <int Type>
+ATTNKIT_DEVICE void keep_peaks(const SampleParams& p) {
+  const i64 all = static_cast<i64>(p.B) * p.blocks;
+  const int end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
+  int n = static_cast<int>(all * blockIdx.x / gridDim.x) + static_cast<int>(threadIdx.x / 32), b = n / p.blocks, judged = -1;
+  bool wanted = true;
+  if (n >= end) return;
+  Raw<Type> raw[4][4];
+  load_block<Type>(raw, p, b, n - b * p.blocks);
+#pragma unroll 1
+  while (true) {
+    if (p.listed != 0 && b != judged) wanted = listed_k(p, b) != 0, judged = b;
+    float peaks[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) peaks[u] = peak_of<Type>(raw[u]);
+    float* const to = p.peaks + static_cast<i64>(n) * (kBlock / 16) + lane_id();
+    const bool kept = wanted;
+    do {
+      n += kSampleWarps;
+      while (n >= (b + 1) * p.blocks) ++b;
+    } while (!wanted && n < end && b == judged);
+    if (n < end) load_block<Type>(raw, p, b, n - b * p.blocks);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      if (kept) to[u * 32] = peaks[u];
+    }
+    if (n >= end) return;
+  }
+}
+
 template <int Type, bool Penalised>
 ATTNKIT_DEVICE void sample_peaks(const SampleParams& p) {
   wait_for_previous_grid();
   launch_dependents();
-  PeakWork<Type, Penalised> work(p);
-  stream_rows<Type, Penalised>(p, work);
+  if constexpr (Penalised) {
+    PeakWork<Type> work(p);
+    stream_rows<Type, true>(p, work);
+  } else {
+    keep_peaks<Type>(p);
+  }
 }
 
 // ---- second launch ----

@@ -14,11 +14,14 @@ GROUP = 16
 #: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
 STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
-#: Threads of the ring kernel, sizeof(RingShared) and sizeof(RingRow) in csrc/cuda/sampling/sample_ring_sm90.cuh, and more than
-#: half of a multiprocessor's shared memory: were there room for two, some would get two CTAs of the next grid and others none.
-RING_THREADS, RING_BYTES, RING_ROW_BYTES, RING_ALONE = 512, 70912, 48, 116 * 1024
+#: Threads of the ring and the flow kernel, sizeof(RingShared) and sizeof(FlowShared) in csrc/cuda/sampling, and sizeof(LeadRow)
+#: in sample_lead_sm90.cuh there.
+LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 9216, 128
+#: More than half of a multiprocessor's shared memory: were there room for two, some would get two CTAs of the next grid and
+#: others none.
+LEAD_ALONE = 116 * 1024
 #: Blocks of a multiprocessor at the least, CTAs that share a row and rows of a CTA at the most.
-RING_BLOCKS, RING_PARTS, RING_ROWS = 12, 5, 1024
+LEAD_BLOCKS, LEAD_PARTS, LEAD_ROWS = 12, 5, 1024
 #: sizeof(CutShared) in csrc/cuda/sampling/sample_share_sm90.cuh, and how many tokens of 8 bytes each thread lists after it.
 CUT_BYTES, CUT_ROOM = 20944, 46
 #: CTAs that a row is shared by at most, and blocks of a share.
@@ -52,19 +55,23 @@ def ring() -> Variant:
     return variant("sampling/sample_ring_sm90.cu", {})
 
 
-def fits_ring(kind: int, B: int, V: int, aligned: bool, sms: int) -> bool:
-    """Whether the ring kernel is the sooner: float32 in rows that bulk copies may bring, enough blocks, few CTAs that share a
-    row, and few rows of a CTA. Ids have 20 bits there."""
-    blocks = -(-V // BLOCK)
-    few = RING_PARTS * B >= sms and B <= RING_ROWS * sms
-    return kind == F32 and aligned and few and V <= 1 << 20 and B * blocks >= RING_BLOCKS * sms
+def flow(kind: int) -> Variant:
+    """csrc/cuda/sampling/sample_flow_sm90.cu: the same of 16-bit logits."""
+    return variant("sampling/sample_flow_sm90.cu", {"ATTNKIT_TYPE": kind})
 
 
-def ring_bytes(B: int, V: int, sms: int) -> int:
+def fits_lead(B: int, V: int, sms: int) -> bool:
+    """Whether those two are the sooner: enough blocks, few CTAs that share a row, and few rows of a CTA. Ids have 20 bits where
+    CTAs meet."""
+    few = LEAD_PARTS * B >= sms and B <= LEAD_ROWS * sms
+    return few and V <= 1 << 20 and B * -(-V // BLOCK) >= LEAD_BLOCKS * sms
+
+
+def lead_bytes(kind: int, B: int, V: int, sms: int) -> int:
     """Shared memory of the CTA with the most rows."""
     blocks = -(-V // BLOCK)
     rows = min(B, -(-B * blocks // sms) // blocks + 2)
-    return max(RING_BYTES + RING_ROW_BYTES * rows, RING_ALONE)
+    return max((RING_BYTES if kind == F32 else FLOW_BYTES) + LEAD_ROW_BYTES * rows, LEAD_ALONE)
 
 
 def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
@@ -161,4 +168,4 @@ def shipped() -> list[Variant]:
     cuts += [cut(kind, penalised) for kind in kinds for penalised in (False, True)]
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
-    return [ring(), *draws, *cuts, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]
+    return [ring(), flow(BF16), *draws, *cuts, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]

@@ -1,0 +1,181 @@
+// Who leads in a row, for kernels whose CTAs have blocks of few rows each: what a CTA's warps find meets in shared memory, where
+// the warp that leads keeps its group's logits, so that nothing is read again; the CTAs that share a row meet in one 64-bit
+// word of ``state``. Blocks of all rows are dealt out evenly to CTAs.
+#pragma once
+#include "sample_group_sm90.cuh"
+
+namespace attnkit::sampling {
+
+// A row of a CTA: what has been reached (as pack_best: a score, a group and, at last, which of its 16; greedy: a logit and its
+// token), the row's options, how many of the CTA's blocks of it are done, and what the words of its groups have in common.
+struct LeadRow {
+  u64 best, seed, offset;
+  float t, rt, scale;  // scale: rt log2(e)
+  int cold, done, unused;
+  Philox groups;
+};
+
+// The logits of the group that a warp last brought to the lead in a row: a place for each warp in each of a CTA's first rows.
+template <int Type>
+struct LeadKept {
+  Raw<Type> chunks[4];
+  int group, unused[3];
+};
+constexpr int kKeptRows = 4;
+
+// CTAs meet in 64 bits a row, zero between launches: the upper 52 of a packed best whose id has 20 bits, and 12 for how many
+// blocks it stands for. Who finds all others there need not wait for memory any more.
+constexpr int kMetBits = 12;
+constexpr u64 kMetBlocks = (1ull << kMetBits) - 1;
+
+ATTNKIT_DEVICE u64 pack_met(u64 best, int blocks) {
+  return (best >> 32 << 32) | (best & 0xfffff) << kMetBits | static_cast<u64>(blocks);
+}
+ATTNKIT_DEVICE u64 unpack_met(u64 met) { return (met >> 32 << 32) | (met == 0 ? 0u : 0xfff00000u) | (static_cast<u32>(met) >> kMetBits); }
+
+ATTNKIT_DEVICE u64 read_relaxed(const u64* p) {
+  u64 x;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
+
+template <int Type>
+ATTNKIT_DEVICE Raw<Type> load_raw(u32 from) {
+  Raw<Type> x;
+  if constexpr (Type == kF32) {
+    const uint4 wide = load_shared<uint4>(from);
+    x = Raw<Type>{{wide.x, wide.y, wide.z, wide.w}};
+  } else {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "r"(from) : "memory");
+  }
+  return x;
+}
+template <int Type>
+ATTNKIT_DEVICE void store_raw(u32 to, const Raw<Type>& x) {
+  if constexpr (Type == kF32) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]) : "memory");
+  } else {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x.w[0]), "r"(x.w[1]) : "memory");
+  }
+}
+
+// One warp's part in the rows of its CTA. ``Shared`` has what its warps keep, and the rows behind it.
+template <int Type, int Warps, class Shared>
+struct Lead {
+  using Kept = LeadKept<Type>;
+  const SampleParams& p;
+  Shared& s;
+  const int lane, warp, first, end;  // first, end: blocks of the CTA
+
+  ATTNKIT_DEVICE Lead(const SampleParams& p, Shared& s, int first, int end)
+      : p(p), s(s), lane(lane_id()), warp(threadIdx.x / 32), first(first), end(end) {}
+
+  ATTNKIT_DEVICE int place_of(int b) const { return b - first / p.blocks; }
+  ATTNKIT_DEVICE LeadRow& row_of(int b) const { return reinterpret_cast<LeadRow*>(&s + 1)[place_of(b)]; }
+  ATTNKIT_DEVICE Kept* kept_of(int b) const { return place_of(b) < kKeptRows ? &s.kept[place_of(b)][warp] : nullptr; }
+
+  // ---- before the first block ----
+
+  // ``rows`` rows from b on are the CTA's. L2 may be asked before the grid before has ended: it stays coherent with who may
+  // still write.
+  ATTNKIT_DEVICE void ask_options(int b, int rows) const {
+    if (static_cast<int>(threadIdx.x) < rows) {
+      prefetch_l2(p.seeds + b + threadIdx.x);
+      if (p.temperature != nullptr) prefetch_l2(p.temperature + b + threadIdx.x);
+    }
+  }
+  ATTNKIT_DEVICE void open_rows(int b, int rows) const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows; i += 32 * Warps) {
+      const RawOptions raw(p, b + i);
+      const RowOptions o = raw.use();
+      const u64 seed = static_cast<u64>(raw.seed), offset = static_cast<u64>(raw.offset);
+      row_of(b + i) = {0, seed, offset, o.t, o.rt, o.rt * kLog2e, o.cold, 0, 0, Philox(seed, offset, kOfGroups)};
+    }
+  }
+  ATTNKIT_DEVICE void keep_nothing() const {
+    if (threadIdx.x < kKeptRows * Warps) s.kept[0][threadIdx.x].group = -1;
+  }
+
+  // ---- choosing ----
+
+  // The CTA's best of the row so far. Lanes that read at different times may differ.
+  ATTNKIT_DEVICE static u64 reached(const LeadRow& row) {
+    u64 x;
+    asm volatile("ld.volatile.shared.b64 %0, [%1];" : "=l"(x) : "r"(smem_address(&row.best)));
+    return x;
+  }
+  ATTNKIT_DEVICE static void raise(LeadRow& row, u64 top) {
+    if (elect_one()) asm volatile("red.shared.max.u64 [%0], %1;" ::"r"(smem_address(&row.best)), "l"(top) : "memory");
+  }
+
+  ATTNKIT_DEVICE static RowOptions options(const LeadRow& row) {
+    RowOptions o;
+    o.t = row.t, o.rt = row.rt, o.tempered = o.t != 1.0f;
+    return o;
+  }
+
+  // Which token of the row's group: its logits from what its warp has kept, or from memory. Whole warps.
+  ATTNKIT_DEVICE int choose(const LeadRow& row, int b, int group) const {
+    const RowOptions o = options(row);
+    const Kept* const of_row = s.kept[min(place_of(b), kKeptRows - 1)];
+    const bool mine = place_of(b) < kKeptRows && lane < Warps && of_row[lane % Warps].group == group;
+    const u32 holders = __ballot_sync(0xffffffffu, mine);
+    float four[4], unused;
+    if (holders != 0) {
+      widen_four<Type>(load_raw<Type>(smem_address(&of_row[__ffs(holders) - 1].chunks[lane & 3])), four);
+    } else {
+      load_chunk<Type, false>(four, row_pointers<Type>(p, b), o, first_of_group(group) + (lane & 3) * kChunk, p.V);
+    }
+    return choose_inside(four, group, row.seed, row.offset, o, unused);
+  }
+
+  // ---- a row's end ----
+
+  ATTNKIT_DEVICE u64 met(int b) const { return read_relaxed(reinterpret_cast<const u64*>(p.state + 4 * b)); }
+
+  // ``blocks`` of the CTA's are done by this warp; ``early()``: what was in ``state`` some time ago. The last warp goes on.
+  template <class Early>
+  ATTNKIT_DEVICE void leave(int b, int blocks, Early&& early) const {
+    LeadRow& row = row_of(b);
+    const int share = min(end, (b + 1) * p.blocks) - max(first, b * p.blocks);
+    int old = 0;
+    __syncwarp();
+    if (lane == 0) asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], %2;" : "=r"(old) : "r"(smem_address(&row.done)), "r"(blocks) : "memory");
+    old = __shfl_sync(0xffffffffu, old, 0);
+    if (old + blocks != share) return;
+    const u64 seen = early();
+    u64 best = reached(row);
+    if (best != 0 && best != kNaNSeen && row.cold == 0) {
+      const int group = best_id(best) / 16, at = choose(row, b, group) - first_of_group(group);
+      best -= static_cast<u32>(at / kChunk * 4 + at % 4);
+    }
+    if (lane == 0) meet(b, share, best, row.cold != 0, seen);
+    __syncwarp();
+  }
+
+  // The CTAs of a row: whoever finds all others there writes. Nobody waits: who fails to add his part has been told another's.
+  ATTNKIT_DEVICE void meet(int b, int share, u64 best, bool cold, u64 seen) const {
+    u64* const at = reinterpret_cast<u64*>(p.state + 4 * b);
+    const u64 mine = pack_met(best, share);
+#pragma unroll 1
+    while (share < p.blocks) {
+      const u64 all = max(mine & ~kMetBlocks, seen & ~kMetBlocks) | ((mine + seen) & kMetBlocks);
+      if ((all & kMetBlocks) == p.blocks) {
+        *at = 0;  // nobody else comes
+        best = unpack_met(all & ~kMetBlocks);
+        break;
+      }
+      const u64 old = atomicCAS(at, seen, all);
+      if (old == seen) return;
+      seen = old;
+    }
+    const bool good = best != 0 && best != kNaNSeen;
+    const int id = best_id(best), inside = id % 16;
+    const int drawn = first_of_group(id / 16) + inside / 4 * kChunk + inside % 4;
+    p.tokens[b] = good ? (cold ? id : drawn) : 0;
+    p.valid[b] = good;
+  }
+};
+
+}  // namespace attnkit::sampling
