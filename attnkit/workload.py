@@ -289,7 +289,8 @@ class Drawn(Case):
     def _on(self) -> list[str]:
         """Options that are on, in letters."""
         on = [*self._filters().values(), *(["penalties"] if self.penalties else [])]
-        return on or ["temperature" if self.temperature else "greedy"]
+        on = on or ["temperature" if self.temperature else "greedy"]
+        return on if self.temperature in (0.0, Drawn.temperature) else [*on, f"T{self.temperature:g}"]
 
     def _rest(self, device: torch.device) -> Inputs:
         """All inputs but the operands, and "out"."""

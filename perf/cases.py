@@ -143,6 +143,7 @@ def _sampling() -> list[Case]:
         Sample(B=128, V=151936, top_k=50, top_p=0.9, min_p=0.05),
         Sample(B=256, V=151936, top_p=0.9),
         *(Sample(B=128, V=131072, top_p=p) for p in (0.1, 0.5, 0.9, 0.99)),
+        *(Sample(B=128, V=131072, top_p=0.9, temperature=t) for t in (5.0, 25.0)),
         *(Sample(B=128, V=131072, top_p=p, penalties=True) for p in (0.1, 0.9)),
         Sample(B=128, V=131072, min_p=0.05),
         Sample(B=128, V=131072, top_k=50, top_p=0.9, penalties=True),
@@ -152,7 +153,8 @@ def _sampling() -> list[Case]:
         Sample(B=32, V=131072, top_k=50, top_p=0.9, logprobs=5),
     ]
     plain = [Sample(B=B, V=131072, temperature=t) for t in (0.8, 0.0) for B in (1, 128, 256)]
-    return [*usual, *others, *plain, Sample(B=256, V=131072, dtype="bf16")]
+    half = [Sample(B=B, V=131072, temperature=t, dtype="bf16") for t in (0.8, 0.0) for B in (128, 256)]
+    return [*usual, *others, *plain, *half]
 
 
 def _hidden() -> list[Case]:
