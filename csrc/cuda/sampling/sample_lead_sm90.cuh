@@ -1,13 +1,12 @@
-// Who leads in a row, for kernels whose CTAs have blocks of few rows each: what a CTA's warps find meets in shared memory, where
-// the warp that leads keeps its group's logits, so that nothing is read again; the CTAs that share a row meet in one 64-bit
-// word of ``state``. Blocks of all rows are dealt out evenly to CTAs.
+// Who leads in a row, for kernels whose CTAs have blocks of few rows each: what a CTA's warps find meets in shared memory; the CTAs
+// that share a row meet in one 64-bit word of ``state``. Blocks of all rows are dealt out evenly to CTAs.
 #pragma once
 #include "sample_group_sm90.cuh"
 
 namespace attnkit::sampling {
 
-// A row of a CTA: what has been reached (as pack_best: a score, a group and, at last, which of its 16; greedy: a logit and its
-// token), the row's options, how many of the CTA's blocks of it are done, and what the words of its groups have in common.
+// A row of a CTA: what has been reached (as pack_best: a score, a group and which of its 16; greedy: a logit and its token), the
+// row's options, how many of the CTA's blocks of it are done, and what the words of its groups have in common.
 struct LeadRow {
   u64 best, seed, offset;
   float t, rt, scale;  // scale: rt log2(e)
@@ -15,13 +14,11 @@ struct LeadRow {
   Philox groups;
 };
 
-// The logits of the group that a warp last brought to the lead in a row: a place for each warp in each of a CTA's first rows.
-template <int Type>
-struct LeadKept {
-  Raw<Type> chunks[4];
-  int group, unused[3];
-};
-constexpr int kKeptRows = 4;
+// A packed best of a group, and which of the group's tokens it is.
+ATTNKIT_DEVICE u64 with_token(u64 best, int token) {
+  const int at = token - first_of_group(best_id(best) / 16);
+  return best - static_cast<u32>(at / kChunk * 4 + at % 4);
+}
 
 // CTAs meet in 64 bits a row, zero between launches: the upper 52 of a packed best whose id has 20 bits, and 12 for how many
 // blocks it stands for. Who finds all others there need not wait for memory any more.
@@ -62,17 +59,15 @@ ATTNKIT_DEVICE void store_raw(u32 to, const Raw<Type>& x) {
 // One warp's part in the rows of its CTA. ``Shared`` has what its warps keep, and the rows behind it.
 template <int Type, int Warps, class Shared>
 struct Lead {
-  using Kept = LeadKept<Type>;
   const SampleParams& p;
   Shared& s;
-  const int lane, warp, first, end;  // first, end: blocks of the CTA
+  const int lane, warp, first, end, first_row;  // blocks of the CTA, and the row of the first
 
   ATTNKIT_DEVICE Lead(const SampleParams& p, Shared& s, int first, int end)
-      : p(p), s(s), lane(lane_id()), warp(threadIdx.x / 32), first(first), end(end) {}
+      : p(p), s(s), lane(lane_id()), warp(threadIdx.x / 32), first(first), end(end), first_row(first / p.blocks) {}
 
-  ATTNKIT_DEVICE int place_of(int b) const { return b - first / p.blocks; }
+  ATTNKIT_DEVICE int place_of(int b) const { return b - first_row; }
   ATTNKIT_DEVICE LeadRow& row_of(int b) const { return reinterpret_cast<LeadRow*>(&s + 1)[place_of(b)]; }
-  ATTNKIT_DEVICE Kept* kept_of(int b) const { return place_of(b) < kKeptRows ? &s.kept[place_of(b)][warp] : nullptr; }
 
   // ---- before the first block ----
 
@@ -93,9 +88,6 @@ struct Lead {
       row_of(b + i) = {0, seed, offset, o.t, o.rt, o.rt * kLog2e, o.cold, 0, 0, Philox(seed, offset, kOfGroups)};
     }
   }
-  ATTNKIT_DEVICE void keep_nothing() const {
-    if (threadIdx.x < kKeptRows * Warps) s.kept[0][threadIdx.x].group = -1;
-  }
 
   // ---- choosing ----
 
@@ -106,7 +98,7 @@ struct Lead {
     return x;
   }
   ATTNKIT_DEVICE static void raise(LeadRow& row, u64 top) {
-    if (elect_one()) asm volatile("red.shared.max.u64 [%0], %1;" ::"r"(smem_address(&row.best)), "l"(top) : "memory");
+    if (elect_one() && top > reached(row)) asm volatile("red.shared.max.u64 [%0], %1;" ::"r"(smem_address(&row.best)), "l"(top) : "memory");
   }
 
   ATTNKIT_DEVICE static RowOptions options(const LeadRow& row) {
@@ -115,28 +107,14 @@ struct Lead {
     return o;
   }
 
-  // Which token of the row's group: its logits from what its warp has kept, or from memory. Whole warps.
-  ATTNKIT_DEVICE int choose(const LeadRow& row, int b, int group) const {
-    const RowOptions o = options(row);
-    const Kept* const of_row = s.kept[min(place_of(b), kKeptRows - 1)];
-    const bool mine = place_of(b) < kKeptRows && lane < Warps && of_row[lane % Warps].group == group;
-    const u32 holders = __ballot_sync(0xffffffffu, mine);
-    float four[4], unused;
-    if (holders != 0) {
-      widen_four<Type>(load_raw<Type>(smem_address(&of_row[__ffs(holders) - 1].chunks[lane & 3])), four);
-    } else {
-      load_chunk<Type, false>(four, row_pointers<Type>(p, b), o, first_of_group(group) + (lane & 3) * kChunk, p.V);
-    }
-    return choose_inside(four, group, row.seed, row.offset, o, unused);
-  }
-
   // ---- a row's end ----
 
   ATTNKIT_DEVICE u64 met(int b) const { return read_relaxed(reinterpret_cast<const u64*>(p.state + 4 * b)); }
 
-  // ``blocks`` of the CTA's are done by this warp; ``early()``: what was in ``state`` some time ago. The last warp goes on.
-  template <class Early>
-  ATTNKIT_DEVICE void leave(int b, int blocks, Early&& early) const {
+  // ``blocks`` of the CTA's are done by this warp; ``early()``: what was in ``state`` some time ago; ``choose(best)``: the same with the
+  // token. The last warp goes on.
+  template <class Early, class Choose>
+  ATTNKIT_DEVICE void leave(int b, int blocks, Early&& early, Choose&& choose) const {
     LeadRow& row = row_of(b);
     const int share = min(end, (b + 1) * p.blocks) - max(first, b * p.blocks);
     int old = 0;
@@ -145,11 +123,7 @@ struct Lead {
     old = __shfl_sync(0xffffffffu, old, 0);
     if (old + blocks != share) return;
     const u64 seen = early();
-    u64 best = reached(row);
-    if (best != 0 && best != kNaNSeen && row.cold == 0) {
-      const int group = best_id(best) / 16, at = choose(row, b, group) - first_of_group(group);
-      best -= static_cast<u32>(at / kChunk * 4 + at % 4);
-    }
+    const u64 found = reached(row), best = found != 0 && found != kNaNSeen && row.cold == 0 ? choose(found) : found;
     if (lane == 0) meet(b, share, best, row.cold != 0, seen);
     __syncwarp();
   }

@@ -10,11 +10,18 @@ namespace attnkit::sampling {
 constexpr int kRingWarps = 16, kRingThreads = 32 * kRingWarps, kRingSlots = 2;
 constexpr int kPieceBytes = kPiece * 4;
 
+// The logits of the group that a warp last brought to the lead in a row: a place for each warp in each of a CTA's first rows.
+struct RingKept {
+  Raw<kF32> chunks[4];
+  int group, unused[3];
+};
+constexpr int kKeptRows = 4;
+
 // In front of the rows, as many as the CTA has.
 struct RingShared {
   char slots[kRingWarps][kRingSlots][kPieceBytes];
   u64 barriers[kRingWarps][kRingSlots];
-  LeadKept<kF32> kept[kKeptRows][kRingWarps];
+  RingKept kept[kKeptRows][kRingWarps];
 };
 static_assert(sizeof(RingShared) == 70912 && sizeof(LeadRow) == 128, "RING_BYTES and LEAD_ROW_BYTES");
 
@@ -92,6 +99,11 @@ struct Ring : Lead<kF32, kRingWarps, RingShared> {
 
   // ---- choosing ----
 
+  ATTNKIT_DEVICE void keep_nothing() const {
+    if (threadIdx.x < kKeptRows * kRingWarps) s.kept[0][threadIdx.x].group = -1;
+  }
+  ATTNKIT_DEVICE RingKept* kept_of(int b) const { return place_of(b) < kKeptRows ? &s.kept[place_of(b)][warp] : nullptr; }
+
   // The largest logit, of equals the lowest id; v: the lane's first token.
   ATTNKIT_DEVICE static void largest(LeadRow& row, const Raw<kF32> (&raw)[4], int v) {
     const float peak = peak_of<kF32>(raw), most = fminf(peak, kF32Max);
@@ -104,7 +116,7 @@ struct Ring : Lead<kF32, kRingWarps, RingShared> {
   }
 
   // As try_group. The logits of a group that leads are kept.
-  ATTNKIT_DEVICE void arrival(LeadRow& row, Kept* kept, RingFloor& floor, float scale, const Raw<kF32> (&raw)[4], int group, u32 word) const {
+  ATTNKIT_DEVICE void arrival(LeadRow& row, RingKept* kept, RingFloor& floor, float scale, const Raw<kF32> (&raw)[4], int group, u32 word) const {
     const float peak = peak_of<kF32>(raw);
     const u64 now = reached(row);
     if (high_word(now) != floor.key) floor.set(high_word(now));
@@ -132,6 +144,23 @@ struct Ring : Lead<kF32, kRingWarps, RingShared> {
     }
   }
 
+  // A row's best with the token: its group's logits from what a warp has kept, or from memory. Whole warps.
+  ATTNKIT_DEVICE u64 choose(int b, u64 best) const {
+    const LeadRow& row = row_of(b);
+    const RowOptions o = options(row);
+    const int group = best_id(best) / 16;
+    const RingKept* const of_row = s.kept[min(place_of(b), kKeptRows - 1)];
+    const bool mine = place_of(b) < kKeptRows && lane < kRingWarps && of_row[lane % kRingWarps].group == group;
+    const u32 holders = __ballot_sync(0xffffffffu, mine);
+    float four[4], unused;
+    if (holders != 0) {
+      widen_four<kF32>(load_raw<kF32>(smem_address(&of_row[__ffs(holders) - 1].chunks[lane & 3])), four);
+    } else {
+      load_chunk<kF32, false>(four, row_pointers<kF32>(p, b), o, first_of_group(group) + (lane & 3) * kChunk, p.V);
+    }
+    return with_token(best, choose_inside(four, group, row.seed, row.offset, o, unused));
+  }
+
   // ---- all of it ----
 
   // A block; ``ahead`` is the warp's next.
@@ -139,7 +168,7 @@ struct Ring : Lead<kF32, kRingWarps, RingShared> {
     const char* const logits = p.logits + at.b * p.logits_b;
     const bool whole = at.v + kBlock <= p.V && (reinterpret_cast<u64>(logits) & 15) == 0;
     LeadRow& row = row_of(at.b);
-    Kept* const kept = kept_of(at.b);
+    RingKept* const kept = kept_of(at.b);
     const bool cold = row.cold != 0;
     const float scale = row.scale;
     u32 w[4] = {};
@@ -181,7 +210,7 @@ struct Ring : Lead<kF32, kRingWarps, RingShared> {
       block(at, next, from, floor, parity);
       ++taken;
       if (last) {
-        leave(at.b, taken, [&] { return seen; });
+        leave(at.b, taken, [&] { return seen; }, [&](u64 best) { return choose(at.b, best); });
         taken = 0;
         floor = RingFloor();
       }

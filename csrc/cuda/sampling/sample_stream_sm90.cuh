@@ -94,14 +94,19 @@ ATTNKIT_DEVICE void load_piece(Raw<Penalised ? kF32 : Type> (&held)[4], const Ro
   fetched.use(held, r, o, v, V);
 }
 
-// A block without penalties. All of it is on its way at once, but for the end of a row, which comes a piece at a time.
+// Where a lane's first logits of a block lie.
 template <int Type>
-ATTNKIT_DEVICE void load_block(Raw<Type> (&raw)[4][4], const SampleParams& p, int b, int inside) {
+ATTNKIT_DEVICE const char* block_at(const SampleParams& p, int b, int inside) {
+  return p.logits + b * p.logits_b + (static_cast<i64>(inside) * kBlock + static_cast<int>(lane_id()) * 4) * (Type == kF32 ? 4 : 2);
+}
+
+// A block without penalties, from block_at on. All of it is on its way at once, but for the end of a
+// row, which comes a piece at a time.
+template <int Type>
+ATTNKIT_DEVICE void load_block(Raw<Type> (&raw)[4][4], const SampleParams& p, int b, int inside, const char* from) {
   constexpr int kItem = Type == kF32 ? 4 : 2;
-  const char* const row = p.logits + b * p.logits_b;
-  const int v = inside * kBlock + static_cast<int>(lane_id()) * 4;
-  const char* const from = row + static_cast<i64>(v) * kItem;
   if ((inside + 1) * kBlock > p.V) {
+    const int v = inside * kBlock + static_cast<int>(lane_id()) * 4;
 #pragma unroll 1
     for (int u = 0; u < 4; ++u) {
 #pragma unroll
@@ -111,7 +116,7 @@ ATTNKIT_DEVICE void load_block(Raw<Type> (&raw)[4][4], const SampleParams& p, in
 #pragma unroll
       for (int c = 0; c < 4; ++c) raw[3][c] = fetched.raw[c];
     }
-  } else if ((reinterpret_cast<u64>(row) & (Type == kF32 ? 15 : 7)) == 0) {
+  } else if ((reinterpret_cast<u64>(from) & (Type == kF32 ? 15 : 7)) == 0) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) raw[i / 4][i % 4] = load_stream<Type>(from + i * kChunk * kItem);
   } else {
@@ -134,6 +139,17 @@ ATTNKIT_DEVICE void ask_l2(const SampleParams& p, int b, int first) {
   }
 }
 
+// L2 asks for a block's logits.
+template <int Type>
+ATTNKIT_DEVICE void ask_block_l2(const SampleParams& p, int b, int inside) {
+  constexpr int kItem = Type == kF32 ? 4 : 2, kLine = 128 / kItem;
+#pragma unroll
+  for (int i = 0; i < kBlock / kLine; i += 32) {
+    const i64 v = inside * kBlock + (static_cast<int>(lane_id()) + i) * kLine;
+    if (v < p.V) prefetch_l2(p.logits + b * p.logits_b + v * kItem);
+  }
+}
+
 // Before the grid before has ended: L2 asks for every warp's first block, and its row's options. It stays coherent with who
 // may still write them. Not where a warp has few blocks: they would come in the way of that grid's.
 template <int Type>
@@ -142,12 +158,7 @@ ATTNKIT_DEVICE void ask_l2_early(const SampleParams& p) {
   const int end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x), first = static_cast<int>(all * blockIdx.x / gridDim.x);
   if (end - first < 3 * kSampleWarps) return;
   const int n = first + static_cast<int>(threadIdx.x / 32), b = n / p.blocks, lane = static_cast<int>(lane_id());
-  constexpr int kItem = Type == kF32 ? 4 : 2, kLine = 128 / kItem;
-#pragma unroll
-  for (int i = 0; i < kBlock / kLine; i += 32) {
-    const i64 v = (n - b * p.blocks) * kBlock + (lane + i) * kLine;
-    if (v < p.V) prefetch_l2(p.logits + b * p.logits_b + v * kItem);
-  }
+  ask_block_l2<Type>(p, b, n - b * p.blocks);
   if (lane == 0 && p.temperature != nullptr) prefetch_l2(p.temperature + b);
   if (lane == 1) prefetch_l2(p.seeds + b);
 }

@@ -57,7 +57,7 @@ ATTNKIT_DEVICE void keep_peaks(const SampleParams& p) {
   bool wanted = true;
   if (n >= end) return;
   Raw<Type> raw[4][4];
-  load_block<Type>(raw, p, b, n - b * p.blocks);
+  load_block<Type>(raw, p, b, n - b * p.blocks, block_at<Type>(p, b, n - b * p.blocks));
 #pragma unroll 1
   while (true) {
     if (p.listed != 0 && b != judged) wanted = listed_k(p, b) != 0, judged = b;
@@ -70,7 +70,7 @@ ATTNKIT_DEVICE void keep_peaks(const SampleParams& p) {
       n += kSampleWarps;
       while (n >= (b + 1) * p.blocks) ++b;
     } while (!wanted && n < end && b == judged);
-    if (n < end) load_block<Type>(raw, p, b, n - b * p.blocks);
+    if (n < end) load_block<Type>(raw, p, b, n - b * p.blocks, block_at<Type>(p, b, n - b * p.blocks));
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       if (kept) to[u * 32] = peaks[u];

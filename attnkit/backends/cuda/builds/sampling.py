@@ -16,7 +16,7 @@ STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
 #: Threads of the ring and the flow kernel, sizeof(RingShared) and sizeof(FlowShared) in csrc/cuda/sampling, and sizeof(LeadRow)
 #: in sample_lead_sm90.cuh there.
-LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 9216, 128
+LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 6144, 128
 #: More than half of a multiprocessor's shared memory: were there room for two, some would get two CTAs of the next grid and
 #: others none.
 LEAD_ALONE = 116 * 1024
