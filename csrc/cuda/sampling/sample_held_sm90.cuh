@@ -190,7 +190,7 @@ struct ArriveShare {
     __syncthreads();
     load_words();
     use_sample(sample);
-    read_share(warp, take);
+    read_share(warp, spot, take);
   }
 
   // A warp takes a part of a block at a time; kArriveWarps is a multiple of kParts.
@@ -201,11 +201,10 @@ struct ArriveShare {
   }
 
   // All pieces of this CTA's share, 512 tokens each, those that follow on their way: ``take`` gets what a lane has of one and the
-  // place of its group; the warp's own part is ``i``.
+  // place of its group; the warp's first part is ``i``, at ``spot``.
   template <class F>
-  ATTNKIT_DEVICE void read_share(int i, F&& take) const {
+  ATTNKIT_DEVICE void read_share(int i, Spot<Type> spot, F&& take) const {
     const int parts = n / 128 * kParts;
-    Spot<Type> spot = spot_of(i);
     Raw<Type> raw[kPiecesAhead][4];
     if (spot.whole) {
 #pragma unroll

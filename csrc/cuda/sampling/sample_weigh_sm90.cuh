@@ -25,9 +25,12 @@ struct Weigh {
     wanted = max(1u, __float2uint_ru(fminf(top_p, 1.0f) * (h.whole * unit)));
   }
 
-  // Sums of floats differ from the one that decides by less, 1e-5 of what they add up; bounds by levels add up the whole.
-  ATTNKIT_DEVICE u32 margin() const { return (wanted >> 15) + 64; }
-  ATTNKIT_DEVICE u32 level_margin() const { return margin() + (1u << 15); }
+  // Sums of floats differ from the one that decides by less, 8e-6 of what they add up, and as much again where the largest logit is 64
+  // powers of two away from 0; bounds by levels add up the whole.
+  ATTNKIT_DEVICE u32 margin() const {
+    return __float2uint_ru(static_cast<float>(wanted) * 8e-6f * (1.0f + fabsf(h.largest * h.scale) / 64.0f)) + 64;
+  }
+  ATTNKIT_DEVICE u32 level_margin() const { return (wanted >> 15) + (1u << 15) + 64; }
 
   // A logit before temperature, and from where on it surely is as large, or larger, after. The largest float is what all that
   // temperature lifts beyond it become.
@@ -157,7 +160,6 @@ struct Weigh {
   // What precedes a probe in a group, the row's largest logit counting one.
   ATTNKIT_DEVICE float sum_before(const Raw<kHeld> (&raw)[4], int number, const Edge& edge) const {
     const int behind = edge.id - first_of_group(number);
-    const float shift = -h.largest * h.scale;
     float sums[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -166,7 +168,7 @@ struct Weigh {
       sums[c] = 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float mass = exp2_fast(__fmaf_rn(x[i], h.scale, shift));
+        const float mass = exp2_fast((x[i] - h.largest) * h.scale);
         if (x[i] >= (c * kChunk + i < behind ? edge.equal : edge.beyond)) sums[c] += mass;
       }
     }
@@ -219,17 +221,25 @@ struct Weigh {
     // ``alone`` do not.
     const float least = from(logit), beyond = past(logit), alone = h.mass_of(least) * 0.9999f;
     float peaks = 0.0f, sum = 0.0f;
-    int found = 0;
+    u32 mine = 0;  // which pieces have such a group of this lane; a warp has 32 at the most
 #pragma unroll 4
-    for (int i = first * 32 + h.lane; i < last * 32; i += 32) {
-      const float2 group = h.groups[i];
+    for (int k = 0; k < last - first; ++k) {
+      const float2 group = h.groups[(first + k) * 32 + h.lane];
       const float peak = h.mass_of(group.x);
       const bool surely = group.x > beyond && peak * (group.y - 0.99999f) < alone;
-      const u32 is = __ballot_sync(0xffffffffu, group.x >= least && !surely);
-      if ((is >> h.lane & 1) != 0) list[found + __popc(is & ((1u << h.lane) - 1))] = static_cast<u16>(h.number_of(i));
-      found += __popc(is);
+      mine |= (group.x >= least && !surely ? 1u : 0u) << k;
       peaks += surely ? peak : 0.0f;
     }
+    int found = __popc(mine);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int others = __shfl_up_sync(0xffffffffu, found, step);
+      found += h.lane >= step ? others : 0;
+    }
+    u16* to = list + found - __popc(mine);
+#pragma unroll 1
+    for (; mine != 0; mine &= mine - 1) *to++ = static_cast<u16>(h.number_of((first + __ffs(mine) - 1) * 32 + h.lane));
+    found = __shfl_sync(0xffffffffu, found, 31);
     __syncwarp();
     const auto number_at = [=](int j) { return static_cast<int>(list[j]); };
     read_groups(number_at, found, h.lane, 32, [&](const Raw<kHeld>(&raw)[4], int number) { sum += sum_before(raw, number, edge); });
@@ -240,7 +250,8 @@ struct Weigh {
   ATTNKIT_DEVICE float add_all(const Edge& edge) const {
     float sum = 0.0f;
     if constexpr (!Penalised) {
-      h.read_share(thread_here() / 32, [&](const Raw<kHeld>(&raw)[4], int i) { sum += sum_before(raw, h.number_of(i), edge); });
+      const int i = thread_here() / 32;
+      h.read_share(i, h.spot_of(i), [&](const Raw<kHeld>(&raw)[4], int i) { sum += sum_before(raw, h.number_of(i), edge); });
     }
     return sum;
   }
