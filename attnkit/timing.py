@@ -48,12 +48,12 @@ class Timing:
     how: str
 
 
-def copies(nbytes: int, arch: Arch, free: int | None = None) -> int:
-    """Sets of buffers of ``nbytes`` that together are three times the last shared cache (2 to 256).
+def copies(nbytes: int, arch: Arch, free: int | None = None, least: int = 2) -> int:
+    """Sets of buffers of ``nbytes`` that together are three times the last shared cache (``least`` to 256).
 
     ``free`` bounds them to a quarter of the memory that is left, or to one.
     """
-    wanted = max(2, -(-3 * max(arch.l2, 1) // max(nbytes, 1)))
+    wanted = max(least, -(-3 * max(arch.l2, 1) // max(nbytes, 1)))
     if free is not None:
         wanted = min(wanted, free // 4 // max(nbytes, 1))
     return max(1, min(256, wanted))

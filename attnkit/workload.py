@@ -53,6 +53,8 @@ class Case:
 
     family: ClassVar[str]
     op: ClassVar[str]
+    #: Sets of inputs that a GPU is timed over at the least: more where a launch's time hangs on few of their values.
+    SETS: ClassVar[int] = 2
     label: str = ""
 
     @property
@@ -111,7 +113,7 @@ def sized(case: C, **changes: Any) -> C:
 def rotated(case: Case, x: Inputs, device: torch.device) -> list[Inputs]:
     """``x`` and as many like it as it takes to leave no cache warm."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
-    n = timing.copies(case.nbytes(x), arch.of(device), free)
+    n = timing.copies(case.nbytes(x), arch.of(device), free, case.SETS if device.type == "cuda" else 2)
     return [x, *(case.another(x) for _ in range(n - 1))]
 
 
@@ -339,6 +341,7 @@ class Sample(Drawn):
 
     family: ClassVar[str] = "sampling"
     op: ClassVar[str] = "sample"
+    SETS: ClassVar[int] = 10
     ROWS: ClassVar[tuple[str, float]] = ("logits", Drawn.WIDTH)
     min_p: float = 0.0
     logprobs: int | None = None

@@ -32,6 +32,8 @@ def test_copies_are_three_times_the_cache():
 def test_copies_leave_memory_to_others():
     assert timing.copies(60 << 20, H200, free=8 * (60 << 20)) == 2
     assert timing.copies(60 << 20, H200, free=0) == 1
+    assert timing.copies(60 << 20, H200, least=10) == 10 and timing.copies(1 << 20, H200, least=10) == 180
+    assert timing.copies(60 << 20, H200, free=8 * (60 << 20), least=10) == 2
 
 
 def test_paired_sees_a_ratio_and_goes_round_every_buffer():
