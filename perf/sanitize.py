@@ -123,8 +123,8 @@ def _filled(device: Any, nbytes: int) -> Any:
 def start(tool: str, sanitizer: str) -> subprocess.Popen[str]:
     # Every finding, so that each kernel's can be counted; without stacks, which would fill the log.
     options = ["--print-limit", "0", "--show-backtrace", "no", "--error-exitcode", str(ERRORS)]
-    if tool == "synccheck":  # barriers of a CTA: what it detects by itself can be too few
-        options += ["--num-cuda-barriers", "64"]
+    if tool == "synccheck":  # barriers to keep track of: what it detects by itself can be too few, and 64 were once
+        options += ["--num-cuda-barriers", "512"]
     command = [sanitizer, "--tool", tool, *options, sys.executable, "-m", "perf.sanitize", "--run"]
     log = (OUT / f"{tool}.log").open("w")
     # Without torch's cache every tensor is an allocation of its own, whose ends the tools can see.
