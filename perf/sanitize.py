@@ -64,6 +64,8 @@ def cases() -> Iterator[tuple[Any, str]]:
         Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
         # By arrival, rows of a CTA each and rows that several share, and by cutting the row; flat rows, of which more is kept than
         # lists hold.
+        *(Sample(B=70, V=4100, top_k=k, min_p=0.01, dtype=kind) for k in (50, 300) for kind in ("fp32", "bf16")),
+        Sample(B=60, V=70001, top_k=40, top_p=0.9),
         *(Sample(B=70, V=4100, top_p=p) for p in (0.9, 0.1)),
         *(Sample(B=16, V=32003, top_p=0.9, min_p=m, temperature=t) for m in (0.0, 1e-6) for t in (1.0, 9.0)),
         *(Sample(B=5, V=32003, top_p=p, penalties=True) for p in (0.9, 0.1)),

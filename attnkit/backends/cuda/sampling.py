@@ -1,5 +1,5 @@
-"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but two for a short top-k, and three where a
-tensor leaves open which rows have one. One more for log-probabilities."""
+"""sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but for a short top-k of few or very many
+rows or with penalties two, and three where a tensor leaves open which rows have one. One more for log-probabilities."""
 
 from __future__ import annotations
 
@@ -39,15 +39,17 @@ def _supports(sig: SampleSig) -> str | None:
     if sig.B * -(-sig.V // builds.TILE) >= 1 << 31:
         return "more than 2^31 tiles of logits"
     tiles = builds.cluster(sig.V)[1]
-    if ((filtered(sig) and _ways(sig) != ("short",)) or sig.logprobs is not None) and tiles > builds.MOST_SLICE_TILES:
+    held = filtered(sig) and _ways(sig) not in (("short",), ("once",))
+    if (held or sig.logprobs is not None) and tiles > builds.MOST_SLICE_TILES:
         return f"V is {sig.V}, filters and logprobs go up to {builds.MOST_SLICE_TILES * builds.MOST_CLUSTER * builds.TILE}"
     reasons = (launch.missing(v) for way in _ways(sig) for v in _variants(sig, way, True))
     return launch.unavailable() or next((reason for reason in reasons if reason is not None), None)
 
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
-    """Who draws: "all" tokens, of many rows by a "ring" or a "flow", a "short" top-k, top-p without top-k and min-p by
-    "arrival", a "cut" of many rows, the "rest" of the filters. Each row is drawn by one."""
+    """Who draws: "all" tokens, of many rows by a "ring" or a "flow", a "short" top-k by two launches or "once", whatever rows'
+    top-k is, top-p without top-k and min-p by "arrival", a "cut" of many rows, the "rest" of the filters. Each row is drawn
+    by one."""
     if not filtered(sig):
         leads = not extras(sig) and builds.fits_lead(sig.B, sig.V, arch.of(sig.device).sms)
         if leads and sig.dtype != torch.float32:
@@ -55,9 +57,9 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
         return ("ring",) if leads and sig.aligned else ("all",)
     k = sig.top_k
     if k is not None and 0 < k < sig.V and k <= builds.MOST_LISTED:
-        return ("short",)
+        return ("once",) if _at_once(sig) else ("short",)
     if k is None:
-        return ("short", "rest")
+        return ("once",) if _at_once(sig) else ("short", "rest")
     if 0 < k < sig.V:
         return ("rest",)
     if sig.min_p == 0.0 and builds.fits_by_arrival(sig.V):
@@ -75,12 +77,18 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
         return (builds.flow(kind),)
     if way == "short":
         return builds.short_top_k(kind, penalised)
+    if way == "once":
+        return (builds.once(kind),)
     if way == "arrival":
         return (builds.top_p(kind, penalised),)
     if way == "cut":
         return (builds.cut(kind, penalised),)
     held = builds.held_bytes(kind, penalised)
     return (builds.filters(kind, penalised, builds.filter_ctas(builds.cluster(sig.V)[1], held)),)
+
+
+def _at_once(sig: SampleSig) -> bool:
+    return not extras(sig) and builds.fits_at_once(KINDS[sig.dtype], sig.B, sig.V, arch.of(sig.device).sms)
 
 
 def extras(sig: SampleSig) -> set[str]:
@@ -145,6 +153,9 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
             made.append(_made(sig, variants[0], f"attnkit_sample_{way}", sms, values, pointers, shared=shared, threads=threads))
         elif way == "all":
             made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values, pointers))
+        elif way == "once":
+            shared, threads = builds.at_once_bytes(sig.V), builds.TOPK_THREADS
+            made.append(_made(sig, variants[0], "attnkit_sample_once", sig.B, values, pointers, shared=shared, threads=threads))
         elif way == "short":
             made.append(_made(sig, variants[0], "attnkit_sample_peaks", plan.config.ctas, values, pointers))
             made.append(

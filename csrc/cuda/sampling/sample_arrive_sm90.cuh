@@ -330,28 +330,32 @@ struct ArriveRow {
   }
 };
 
+// Where a row's shares lie in shared memory. All of it is as it has to be in the beginning.
+struct ArriveMemory {
+  ArriveShared& s;
+  float2* const groups;
+  u16* const marks;
+  u32* const bins;
+
+  ATTNKIT_DEVICE ArriveMemory(char* memory, int n)
+      : s(*reinterpret_cast<ArriveShared*>(memory)), groups(reinterpret_cast<float2*>(&s + 1)), marks(reinterpret_cast<u16*>(groups + n)),
+        bins(reinterpret_cast<u32*>(marks + n)) {
+    const int t = thread_here();
+    for (int i = t; i < kBins / 4; i += kArriveThreads) reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
+    if (t < 3 * 2 * kProbes) s.above[0][t] = 0;
+    forget_told(s);
+  }
+};
+
+// Row b, of which this CTA has ``n`` groups.
 template <int Type, bool Penalised>
-ATTNKIT_DEVICE void sample_arrive(const SampleParams& p) {
-  extern __shared__ __align__(128) char memory[];
-  ArriveShared& s = *reinterpret_cast<ArriveShared*>(memory);
-  const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
-  const int b = static_cast<int>(blockIdx.x) / size, n = (p.blocks - rank + size - 1) / size * (kBlock / 16);
-  float2* const groups = reinterpret_cast<float2*>(memory + sizeof(ArriveShared));
-  u16* const marks = reinterpret_cast<u16*>(groups + n);
-  u32* const bins = reinterpret_cast<u32*>(marks + n);
-  const int t = thread_here();
-  for (int i = t; i < kBins / 4; i += kArriveThreads) reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
-  if (t < 3 * 2 * kProbes) s.above[0][t] = 0;
-  forget_told(s);
-  if (size > 1) cluster_arrive();
-  wait_for_previous_grid();
-  launch_dependents();
+ATTNKIT_DEVICE void draw_by_arrival(const SampleParams& p, const ArriveMemory& m, int b, int size, int rank, int n) {
   const RawOptions raw(p, b);
   const float top_p = option(p.top_p, p.top_p_value, b);
   const RowOptions o = raw.use();
-  if (t == 0) s.options = o, s.seed = static_cast<u64>(raw.seed), s.offset = static_cast<u64>(raw.offset);
+  if (thread_here() == 0) m.s.options = o, m.s.seed = static_cast<u64>(raw.seed), m.s.offset = static_cast<u64>(raw.offset);
   const RowPointers r = row_pointers<Type>(p, b);
-  ArriveShare<Type, Penalised> share{p, s, groups, marks, bins, b, size, rank, n, r, Penalised ? o : s.options, o.rt * kLog2e};
+  ArriveShare<Type, Penalised> share{p, m.s, m.groups, m.marks, m.bins, b, size, rank, n, r, Penalised ? o : m.s.options, o.rt * kLog2e};
   const bool good = share.add_up_row(share.take_in());
   if (!good) {
     if (rank == 0 && thread_here() == 0) p.tokens[b] = 0, p.valid[b] = false;
@@ -359,6 +363,18 @@ ATTNKIT_DEVICE void sample_arrive(const SampleParams& p) {
   }
   const int token = ArriveRow<Type, Penalised>(share, top_p).choose();
   if (rank == 0 && thread_here() == 0) p.tokens[b] = token, p.valid[b] = true;
+}
+
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void sample_arrive(const SampleParams& p) {
+  extern __shared__ __align__(128) char memory[];
+  const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+  const int n = (p.blocks - rank + size - 1) / size * (kBlock / 16);
+  const ArriveMemory m(memory, n);
+  if (size > 1) cluster_arrive();
+  wait_for_previous_grid();
+  launch_dependents();
+  draw_by_arrival<Type, Penalised>(p, m, static_cast<int>(blockIdx.x) / size, size, rank, n);
 }
 
 }  // namespace attnkit::sampling

@@ -35,39 +35,20 @@ constexpr float kOctave = 8388608.0f;
 ATTNKIT_DEVICE float log_of(u32 word) { return __uint2float_rn(__float_as_uint(__uint2float_rn(word))); }
 ATTNKIT_DEVICE float hope_of(float peak, float scale, float log) { return __fmaf_rn(peak, scale, -log); }
 
-ATTNKIT_DEVICE u32 lanes_before() {
-  u32 mask;
-  asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
-  return mask;
-}
-
 // What a group must hope for at the least: a group's sum is at most 16 times its largest; E >= u.
 ATTNKIT_DEVICE float least_hope(u64 best, bool cold) {
   const float score = order_value(high_word(best)), less = __fmaf_rn(fabsf(score), -1e-6f, score);
   return cold ? score : __fmaf_rn(less, kLog2e * kOctave, -(159.0f + 4.0f + 2e-3f * kLog2e) * kOctave);
 }
 
-// The largest logits of a lane's four groups, as they are in memory.
+// The largest logits of a lane's four groups.
 template <int Type>
 struct FlowPeaks {
-  u32 w[2];
+  Raw<Type> raw;
 
-  ATTNKIT_DEVICE FlowPeaks(const Raw<Type> (&raw)[4][4]) {
-    u32 most[4];
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      most[u] = max_pairs<Type>(raw[u][0].w[0], raw[u][0].w[1]);
-#pragma unroll
-      for (int c = 1; c < 4; ++c) most[u] = max_pairs<Type>(most[u], max_pairs<Type>(raw[u][c].w[0], raw[u][c].w[1]));
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const u32 a = most[2 * i], b = most[2 * i + 1];
-      w[i] = max_pairs<Type>(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
-    }
-  }
+  ATTNKIT_DEVICE FlowPeaks(const Raw<Type> (&logits)[4][4]) : raw(peaks_of<Type>(logits)) {}
   ATTNKIT_DEVICE float of(int u) const {
-    const float2 two = unpack(w[u / 2], Type == kBf16);
+    const float2 two = unpack(raw.w[u / 2], Type == kBf16);
     return u % 2 ? two.y : two.x;
   }
 };
@@ -82,7 +63,7 @@ struct FlowSpot {
   ATTNKIT_DEVICE int inside(const SampleParams& p) const { return n - b * p.blocks; }  // its number in the row
   ATTNKIT_DEVICE void find(const SampleParams& p, int row) {
     b = row;
-    from = block_at<Type>(p, b, inside(p));
+    from = logits_at<Type>(p, b, inside(p) * kBlock);
   }
   ATTNKIT_DEVICE FlowSpot after(const SampleParams& p) const {
     FlowSpot next = *this;
@@ -248,7 +229,7 @@ struct Flow : Lead<Type, kFlowWarps, FlowShared<Type>> {
 #pragma unroll
         for (int i = 0; i < 16; ++i) raw[i / 4][i % 4] = coming[i / 4][i % 4];
       }
-      if (next.n < end) load_block<Type>(coming, p, next.b, next.inside(p), next.from);
+      if (next.n < end) load_pieces<Type>(coming, p, next.b, next.inside(p) * kBlock, next.from);
       if (some) contest(at, raw, peaks, its);
       if (next.n >= end || next.b != at.b) {
         const int taken = (at.n - max(first, at.b * p.blocks)) / kFlowWarps + 1;
@@ -276,7 +257,7 @@ ATTNKIT_DEVICE void sample_flow(const SampleParams& p) {
   launch_dependents();
   flow.open_rows(b, rows);  // before the queue is full of logits
   Raw<Type> coming[4][4];
-  if (at.n < end) load_block<Type>(coming, p, at.b, at.inside(p), at.from);
+  if (at.n < end) load_pieces<Type>(coming, p, at.b, at.inside(p) * kBlock, at.from);
   __syncthreads();
   flow.run(at, coming);
 }

@@ -43,6 +43,30 @@ ATTNKIT_DEVICE float peak_of(const Raw<Type> (&raw)[4]) {
   }
 }
 
+// The peaks of a lane's four groups of a block, as they are in memory.
+template <int Type>
+ATTNKIT_DEVICE Raw<Type> peaks_of(const Raw<Type> (&raw)[4][4]) {
+  if constexpr (Type == kF32) {
+    return {{__float_as_uint(peak_of<Type>(raw[0])), __float_as_uint(peak_of<Type>(raw[1])), __float_as_uint(peak_of<Type>(raw[2])),
+             __float_as_uint(peak_of<Type>(raw[3]))}};
+  } else {
+    u32 most[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      most[u] = max_pairs<Type>(raw[u][0].w[0], raw[u][0].w[1]);
+#pragma unroll
+      for (int c = 1; c < 4; ++c) most[u] = max_pairs<Type>(most[u], max_pairs<Type>(raw[u][c].w[0], raw[u][c].w[1]));
+    }
+    Raw<Type> peaks;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const u32 a = most[2 * i], b = most[2 * i + 1];
+      peaks.w[i] = max_pairs<Type>(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+    }
+    return peaks;
+  }
+}
+
 // A lane's largest logit and its id; the lowest on ties. Where groups are drawn: its best group's score and number.
 struct Best {
   float best = negative_infinity(), seen = negative_infinity();  // seen: NaN once there was one

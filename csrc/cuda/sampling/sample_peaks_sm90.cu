@@ -1,5 +1,5 @@
 // One build of the first kernel for short top-k; attnkit/backends/cuda/sampling.py names it by macros.
-#include "sample_topk_sm90.cuh"
+#include "sample_peaks_sm90.cuh"
 
 extern "C" __global__ void __launch_bounds__(attnkit::sampling::kSampleThreads, ATTNKIT_CTAS)
     attnkit_sample_peaks(const __grid_constant__ attnkit::sampling::SampleParams params) {

@@ -41,6 +41,12 @@ struct SampleParams {
 
 ATTNKIT_DEVICE u32 lane_id() { return threadIdx.x & 31; }
 
+ATTNKIT_DEVICE u32 lanes_before() {
+  u32 mask;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
+  return mask;
+}
+
 // The larger; NaN if either is.
 ATTNKIT_DEVICE float max_nan(float a, float b) {
   float r;

@@ -16,6 +16,12 @@ ATTNKIT_DEVICE Raw<Type> load_stream(const char* p) {
   return r;
 }
 
+// Where a lane's first logits from token v of a row on lie.
+template <int Type>
+ATTNKIT_DEVICE const char* logits_at(const SampleParams& p, int b, int v) {
+  return p.logits + b * p.logits_b + (static_cast<i64>(v) + static_cast<int>(lane_id()) * 4) * (Type == kF32 ? 4 : 2);
+}
+
 // Where a block lies.
 template <int Type>
 struct Spot {
@@ -27,9 +33,8 @@ struct Spot {
     const int from = min(n, end - 1);
     b = from / p.blocks;
     v = (from - b * p.blocks) * kBlock;
-    const char* const row = p.logits + b * p.logits_b;
-    at = row + (static_cast<i64>(v) + 4 * static_cast<int>(lane_id())) * (Type == kF32 ? 4 : 2);
-    whole = n < end && v + kBlock <= p.V && (reinterpret_cast<u64>(row) & (Type == kF32 ? 15 : 7)) == 0;
+    at = logits_at<Type>(p, b, v);
+    whole = n < end && v + kBlock <= p.V && (reinterpret_cast<u64>(at) & (Type == kF32 ? 15 : 7)) == 0;
   }
   ATTNKIT_DEVICE void load(Raw<Type> (&raw)[4], int piece) const {
 #pragma unroll
@@ -94,34 +99,27 @@ ATTNKIT_DEVICE void load_piece(Raw<Penalised ? kF32 : Type> (&held)[4], const Ro
   fetched.use(held, r, o, v, V);
 }
 
-// Where a lane's first logits of a block lie.
-template <int Type>
-ATTNKIT_DEVICE const char* block_at(const SampleParams& p, int b, int inside) {
-  return p.logits + b * p.logits_b + (static_cast<i64>(inside) * kBlock + static_cast<int>(lane_id()) * 4) * (Type == kF32 ? 4 : 2);
-}
-
-// A block without penalties, from block_at on. All of it is on its way at once, but for the end of a
-// row, which comes a piece at a time.
-template <int Type>
-ATTNKIT_DEVICE void load_block(Raw<Type> (&raw)[4][4], const SampleParams& p, int b, int inside, const char* from) {
+// Pieces without penalties, from token v and logits_at on. All of them are on their way at once, but for the end of a row,
+// which comes a piece at a time.
+template <int Type, int Pieces>
+ATTNKIT_DEVICE void load_pieces(Raw<Type> (&raw)[Pieces][4], const SampleParams& p, int b, int v, const char* from) {
   constexpr int kItem = Type == kF32 ? 4 : 2;
-  if ((inside + 1) * kBlock > p.V) {
-    const int v = inside * kBlock + static_cast<int>(lane_id()) * 4;
+  if (v + Pieces * kPiece > p.V) {
 #pragma unroll 1
-    for (int u = 0; u < 4; ++u) {
+    for (int u = 0; u < Pieces; ++u) {
 #pragma unroll
-      for (int i = 0; i < 12; ++i) raw[i / 4][i % 4] = raw[i / 4 + 1][i % 4];
+      for (int i = 0; i < 4 * (Pieces - 1); ++i) raw[i / 4][i % 4] = raw[i / 4 + 1][i % 4];
       Fetched<Type, false> fetched;
-      fetched.ask(row_pointers<Type>(p, b), v + u * kPiece, p.V);
+      fetched.ask(row_pointers<Type>(p, b), v + u * kPiece + static_cast<int>(lane_id()) * 4, p.V);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) raw[3][c] = fetched.raw[c];
+      for (int c = 0; c < 4; ++c) raw[Pieces - 1][c] = fetched.raw[c];
     }
   } else if ((reinterpret_cast<u64>(from) & (Type == kF32 ? 15 : 7)) == 0) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) raw[i / 4][i % 4] = load_stream<Type>(from + i * kChunk * kItem);
+    for (int i = 0; i < 4 * Pieces; ++i) raw[i / 4][i % 4] = load_stream<Type>(from + i * kChunk * kItem);
   } else {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) raw[i / 4][i % 4] = load_four_guarded<Type>(from + i * kChunk * kItem, 0, 4);
+    for (int i = 0; i < 4 * Pieces; ++i) raw[i / 4][i % 4] = load_four_guarded<Type>(from + i * kChunk * kItem, 0, 4);
   }
 }
 

@@ -14,6 +14,8 @@ GROUP = 16
 #: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
 STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
+#: sizeof(LongRow::Shared) in csrc/cuda/sampling/sample_once_sm90.cuh.
+LONG_BYTES = 84192
 #: Threads of the ring and the flow kernel, sizeof(RingShared) and sizeof(FlowShared) in csrc/cuda/sampling, and sizeof(LeadRow)
 #: in sample_lead_sm90.cuh there.
 LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 6144, 128
@@ -26,8 +28,8 @@ LEAD_BLOCKS, LEAD_PARTS, LEAD_ROWS = 12, 5, 1024
 CUT_BYTES, CUT_ROOM = 20944, 46
 #: CTAs that a row is shared by at most, and blocks of a share.
 MOST_PARTS, MOST_BLOCKS = 8, 448
-#: Fewer rows are read sooner by other kernels.
-LEAST_CUT_ROWS = 16
+#: Fewer rows are read sooner by other kernels; 16-bit and float32 where a CTA has a row of any top-k.
+LEAST_CUT_ROWS, LEAST_AT_ONCE = 16, (24, 48)
 #: Threads of the kernel for top-p alone, which has a multiprocessor to itself; sizeof(ArriveShared) in
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
 ARRIVE_THREADS, ARRIVE_BYTES = 512, 7440 + 4 * 16384
@@ -79,6 +81,21 @@ def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
     values = {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)}
     first = variant("sampling/sample_peaks_sm90.cu", values | {"ATTNKIT_CTAS": STREAM_CTAS})
     return first, variant("sampling/sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
+
+
+def once(kind: int) -> Variant:
+    """csrc/cuda/sampling/sample_once_sm90.cu: the same in one launch, without penalties."""
+    return variant("sampling/sample_once_sm90.cu", {"ATTNKIT_TYPE": kind})
+
+
+def fits_at_once(kind: int, B: int, V: int, sms: int) -> bool:
+    """Whether that one is the sooner: not too few rows, a multiprocessor for each, which holds any row's groups."""
+    return LEAST_AT_ONCE[kind == F32] <= B <= sms and groups(V) <= MOST_LOCAL
+
+
+def at_once_bytes(V: int) -> int:
+    """Shared memory: what a row by arrival takes, or one of a longer top-k; a short one takes less."""
+    return max(arrive_bytes(V, 1), LONG_BYTES + 4 * groups(V), LEAD_ALONE)
 
 
 def top_p(kind: int, penalised: bool) -> Variant:
@@ -168,4 +185,5 @@ def shipped() -> list[Variant]:
     cuts += [cut(kind, penalised) for kind in kinds for penalised in (False, True)]
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
-    return [ring(), flow(BF16), *draws, *cuts, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]
+    at_once = [once(kind) for kind in kinds]
+    return [ring(), flow(BF16), *draws, *cuts, *at_once, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]

@@ -1,0 +1,185 @@
+// A row of any filters but top-p alone, by one CTA. Its tokens are listed as far as peaks tell where they are (a longer top-k, min-p), or
+// it is read again and again. The k-th key by radix, then draws among the tokens from a key on: where top-p refuses one, the next
+// is drawn from those before it.
+#pragma once
+#include "sample_group_sm90.cuh"
+
+namespace attnkit::sampling {
+
+constexpr int kTopkThreads = 512, kTopkWarps = kTopkThreads / 32;
+
+struct AnyShared {
+  u32 counted[2][256];
+  u64 bests[kTopkWarps];
+  u32 sums[kTopkWarps], bin, need, equal;
+};
+
+// A row's numbers besides RawOptions.
+struct TopkOptions {
+  float share, ratio;
+  u32 k;  // 0: the row has no short top-k
+
+  ATTNKIT_DEVICE TopkOptions(const SampleParams& p, int b)
+      : share(option(p.top_p, p.top_p_value, b)), ratio(option(p.min_p, p.min_p_value, b)), k(listed_k(p, b)) {}
+};
+
+// What a token weighs, the largest being one: whole numbers, so that no order of adding shows.
+ATTNKIT_DEVICE u64 whole_mass(float logit, float top) { return static_cast<u64>(exp2_fast((logit - top) * kLog2e) * kMassOne); }
+
+template <int Type, bool Penalised>
+struct AnyRow {
+  const SampleParams& p;
+  AnyShared& s;
+  const RowPointers& r;
+  const RowOptions& o;
+  const u64 seed, offset;
+  const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
+
+  const u64* list = nullptr;  // of keys, if tokens are listed
+  int listed = 0;
+
+  // f(key) of all listed tokens, or all of the row; every thread as often. Some are on their way.
+  template <class F>
+  ATTNKIT_DEVICE void for_all(F&& f) const {
+    if (list == nullptr) {
+      for_row(f);
+      return;
+    }
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < listed; i += kTopkThreads) f(list[i]);
+  }
+  template <class F>
+  ATTNKIT_DEVICE void for_row(F&& f) const {
+    constexpr int kAhead = Penalised ? 1 : 4, kStep = 4 * kTopkThreads;
+#pragma unroll 1
+    for (int at = 0; at < p.V; at += kAhead * kStep) {
+      const int v = at + 4 * static_cast<int>(threadIdx.x);
+      float x[kAhead][4];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) load_chunk<Type, Penalised>(x[u], r, o, v + u * kStep, p.V);
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (v + u * kStep + i < p.V) f(pack_best(warm(x[u][i], o), v + u * kStep + i));
+        }
+      }
+    }
+  }
+  ATTNKIT_DEVICE static float logit_of(u64 key) { return order_value(high_word(key)); }
+
+  // ---- over all threads ----
+
+  ATTNKIT_DEVICE u64 most_of(u64 x) const {
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) s.bests[warp] = x;
+    __syncthreads();
+    return warp_max(s.bests[lane % kTopkWarps]);
+  }
+  ATTNKIT_DEVICE u64 sum_of(u64 x) const {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    __syncthreads();
+    if (lane == 0) s.bests[warp] = x;
+    __syncthreads();
+    x = 0;
+#pragma unroll
+    for (int i = 0; i < kTopkWarps; ++i) x += s.bests[i];
+    return x;
+  }
+  // Over the threads before this one.
+  ATTNKIT_DEVICE u32 sum_before(u32 x) const {
+    u32 sum = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_up_sync(0xffffffffu, sum, step);
+      sum += lane >= step ? other : 0;
+    }
+    if (lane == 31) s.sums[warp] = sum;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTopkWarps; ++i) sum += i < warp ? s.sums[i] : 0;
+    return sum - x;
+  }
+
+  // ---- the draw ----
+
+  // The least of the k first keys of ``keys``, but for bits below ``end`` and last ones that do not matter.
+  template <class Keys>
+  ATTNKIT_DEVICE u64 find_last(u32 k, int end, const Keys& keys) const {
+    u64 prefix = 0;
+    u32 need = k;
+#pragma unroll 1
+    for (int shift = 56; shift >= end; shift -= 8) {
+      u32* const counted = s.counted[shift / 8 & 1];
+      __syncthreads();
+      if (threadIdx.x < 256) counted[threadIdx.x] = 0;
+      __syncthreads();
+      keys.for_all([&](u64 key) {
+        if (key >> shift >> 8 == prefix >> shift >> 8) atomicAdd(&counted[key >> shift & 255], 1u);
+      });
+      __syncthreads();
+      const u32 bin = 255 - threadIdx.x, mine = threadIdx.x < 256 ? counted[bin & 255] : 0, before = sum_before(mine);
+      if (before < need && before + mine >= need) s.bin = bin, s.need = need - before, s.equal = mine;
+      __syncthreads();
+      prefix |= static_cast<u64>(s.bin) << shift;
+      need = s.need;
+      if (s.equal == need) break;
+    }
+    return prefix;
+  }
+
+  // The best draw of the tokens from key ``last`` and logit ``least`` on.
+  ATTNKIT_DEVICE int draw_from(u64 last, float least) const {
+    u64 best = 0;
+    for_all([&](u64 key) {
+      if (key < last || logit_of(key) < least) return;
+      const int id = best_id(key);
+      u32 w[4];
+      philox_words(seed, offset, kOfTokens, static_cast<u32>(id) >> 2, w);
+      best = max(best, pack_best(noisy(logit_of(key), one_of(w, id)), id));
+    });
+    return best_id(most_of(best));
+  }
+
+  // The id that is drawn. ``k``: 0 for all; ``top``: the largest logit, a number. By all threads.
+  ATTNKIT_DEVICE int draw(u32 k, float share, float ratio, float top) const {
+    const float least = ratio > 0.0f ? __fadd_rn(top, logf(ratio)) : -kF32Max;
+    u64 last = k != 0 ? find_last(k, 0, *this) : 1, enough = ~0ull;
+    if (share < 1.0f) {
+      u64 mass = 0;
+      const auto add = [&](u64 key) { mass += key >= last ? whole_mass(logit_of(key), top) : 0; };
+      if (k != 0) {
+        for_all(add);
+      } else {
+        for_row(add);
+      }
+      enough = static_cast<u64>(ceil(static_cast<double>(share) * static_cast<double>(sum_of(mass))));
+    }
+#pragma unroll 1
+    while (true) {
+      const int id = draw_from(last, least);
+      if (share >= 1.0f) return id;
+      float x[4];
+      load_chunk<Type, Penalised>(x, r, o, id & ~3, p.V);
+      const u64 own = pack_best(warm(one_of(x, id), o), id);
+      u64 heavier = 0;
+      bool any = false;
+      for_all([&](u64 key) {
+        if (key > own) heavier += whole_mass(logit_of(key), top), any = true;
+      });
+      const bool precedes = __syncthreads_or(any) != 0;
+      if (sum_of(heavier) < enough || !precedes) return id;
+      last = own + 1;
+    }
+  }
+
+  // The row's largest logit after temperature, of all threads' before it; NaN if one is.
+  ATTNKIT_DEVICE float top_of(float most) const {
+    if (__syncthreads_or(most != most) != 0) return __uint_as_float(0x7fffffffu);
+    return warm(order_value(high_word(most_of(pack_best(most, 0)))), o);
+  }
+};
+
+}  // namespace attnkit::sampling

@@ -1,0 +1,7 @@
+// One build of the kernel that draws rows of any top-k in one launch; attnkit/backends/cuda/sampling.py names it by macros.
+#include "sample_once_sm90.cuh"
+
+extern "C" __global__ void __launch_bounds__(attnkit::sampling::kTopkThreads, 1)
+    attnkit_sample_once(const __grid_constant__ attnkit::sampling::SampleParams params) {
+  attnkit::sampling::sample_once<ATTNKIT_TYPE>(params);
+}

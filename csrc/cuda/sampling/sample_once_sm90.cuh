@@ -1,0 +1,192 @@
+// A CTA a row, in one launch, without penalties: top-k up to 128 (with top-p and min-p if they come), and what other rows a batch has.
+// One read of the logits keeps the peaks of groups in shared memory; the row is drawn by them.
+#pragma once
+#include "sample_arrive_sm90.cuh"
+#include "sample_topk_sm90.cuh"
+
+namespace attnkit::sampling {
+
+static_assert(kTopkThreads == kArriveThreads);
+static_assert(sizeof(TopkShared) <= sizeof(ArriveShared) + 4 * kBins);  // what arrival takes is the most
+
+// A warp's blocks of a row in turn, in parts: a block or half of one, so that a lane has as many bytes of either on their way.
+template <int Type>
+struct OnceStream {
+  static constexpr int kPieces = Type == kF32 ? 2 : 4, kParts = 4 / kPieces;
+  const SampleParams& p;
+  const int b;
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  Raw<Type> raw[kPieces][4];
+
+  ATTNKIT_DEVICE int block_of(int round) const { return warp + round / kParts * kTopkWarps; }
+  ATTNKIT_DEVICE bool has(int round) const { return block_of(round) < p.blocks; }
+  ATTNKIT_DEVICE void load(int round) {
+    const int v = block_of(round) * kBlock + round % kParts * kPieces * kPiece;
+    if (has(round)) load_pieces<Type>(raw, p, b, v, logits_at<Type>(p, b, v));
+  }
+  // Keeps the peaks of a part.
+  ATTNKIT_DEVICE void keep(int round, uint2 most, Raw<Type>* to) const {
+    reinterpret_cast<uint2*>(to + block_of(round) * 32 + lane_id())[round % kParts] = most;
+  }
+  // The peaks of what is there in two words, and the largest.
+  ATTNKIT_DEVICE uint2 peaks(float& most) const {
+    if constexpr (Type == kF32) {
+      const float two[2] = {peak_of<Type>(raw[0]), peak_of<Type>(raw[1])};
+      most = max_nan(most, max_nan(two[0], two[1]));
+      return make_uint2(__float_as_uint(two[0]), __float_as_uint(two[1]));
+    } else {
+      const Raw<Type> four = peaks_of<Type>(raw);
+      const float2 two = unpack(max_pairs<Type>(four.w[0], four.w[1]), Type == kBf16);
+      most = max_nan(most, max_nan(two.x, two.y));
+      return make_uint2(four.w[0], four.w[1]);
+    }
+  }
+};
+
+// Keeps all peaks of a row; a thread's largest.
+template <int Type>
+ATTNKIT_DEVICE float keep_row(OnceStream<Type>& stream, Raw<Type>* peaks) {
+  float mine = negative_infinity();
+#pragma unroll 1
+  for (int round = 0; stream.has(round); ++round) {
+    const uint2 most = stream.peaks(mine);
+    stream.load(round + 1);
+    stream.keep(round, most, peaks);
+  }
+  return mine;
+}
+
+// A row of a longer top-k or of min-p: its tokens are listed if there is room.
+template <int Type>
+struct LongRow {
+  static constexpr int kMost = 8192;
+  // Shared memory; the peaks follow. Mirrors LONG_BYTES in attnkit/backends/cuda/builds/sampling.py.
+  struct alignas(16) Shared {
+    AnyShared any;
+    u64 keys[kMost];
+    u16 groups[kMost];
+    int n, n_groups;
+  };
+  static_assert(sizeof(Shared) == 84192, "LONG_BYTES");
+  const SampleParams& p;
+  Shared& s;
+  const Raw<Type>* const peaks;
+  AnyRow<Type, false>& any;
+
+  // f(peak, number of its group) for all groups; every thread as often.
+  template <class F>
+  ATTNKIT_DEVICE void for_peaks(F&& f) const {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i - any.lane < p.blocks * 32; i += kTopkThreads) {
+      float x[4];
+      widen_four<Type>(i < p.blocks * 32 ? peaks[i] : load_four_guarded<Type>(nullptr, 0, 0), x);
+#pragma unroll
+      for (int u = 0; u < 4; ++u) f(x[u], (i / 32 * 4 + u) * 32 + i % 32);
+    }
+  }
+
+  // Their keys.
+  template <class F>
+  ATTNKIT_DEVICE void for_all(F&& f) const {
+    for_peaks([&](float peak, int group) { f(pack_best(peak, group)); });
+  }
+
+  // Lists the tokens from ``from`` on, before temperature; their groups are read again. False if there is no room.
+  ATTNKIT_DEVICE bool collect(float from) {
+    if (threadIdx.x == 0) s.n = s.n_groups = 0;
+    __syncthreads();
+    for_peaks([&](float peak, int group) {
+      if (!(peak >= from)) return;
+      const int at = atomicAdd(&s.n_groups, 1);
+      if (at < kMost) s.groups[at] = static_cast<u16>(group);
+    });
+    __syncthreads();
+    if (s.n_groups > kMost) return false;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < 4 * s.n_groups; i += kTopkThreads) {
+      const int v = first_of_group(s.groups[i / 4]) + i % 4 * kChunk;
+      float x[4];
+      load_chunk<Type, false>(x, any.r, any.o, v, p.V);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (!(x[j] >= from)) continue;
+        const int at = atomicAdd(&s.n, 1);
+        if (at < kMost) s.keys[at] = pack_best(warm(x[j], any.o), v + j);
+      }
+    }
+    __syncthreads();
+    return s.n <= kMost;
+  }
+
+  ATTNKIT_DEVICE int draw(u32 k, const TopkOptions& options, float top) {
+    float from = negative_infinity();
+    if (k != 0) {
+      // As many tokens as groups reach the k-th of their peaks.
+      if (k <= kMost / 2 && k <= static_cast<u32>(p.blocks) * (kBlock / 16)) {
+        const u64 last = any.find_last(k, 40, *this);
+        from = TopkRow<Type, false>::below(order_value(high_word(last)));
+      }
+    } else {
+      from = TopkRow<Type, false>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
+    }
+    if (from > -kF32Max && collect(from)) any.list = s.keys, any.listed = s.n;
+    return any.draw(k, options.share, options.ratio, top);
+  }
+};
+
+// A row that has no short top-k. A function of its own: what it keeps in registers is not the others'.
+template <int Type>
+__device__ __noinline__ void draw_other(const SampleParams& p, char* memory, int b) {
+  const RawOptions raw(p, b);
+  const TopkOptions options(p, b);
+  const i64 k = option(p.top_k, p.top_k_value, b);
+  const bool counts = k > 0 && k < p.V;
+  __syncthreads();
+  if (!counts && options.ratio <= 0.0f) {
+    const int n = p.blocks * (kBlock / 16);
+    draw_by_arrival<Type, false>(p, ArriveMemory(memory, n), b, 1, 0, n);
+    return;
+  }
+  auto& s = *reinterpret_cast<typename LongRow<Type>::Shared*>(memory);
+  Raw<Type>* const peaks = reinterpret_cast<Raw<Type>*>(&s + 1);
+  OnceStream<Type> stream{p, b};
+  stream.load(0);
+  const RowOptions o = raw.use();
+  const RowPointers r = row_pointers<Type>(p, b);
+  AnyRow<Type, false> any{p, s.any, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
+  const float top = any.top_of(keep_row<Type>(stream, peaks));
+  const bool good = top > negative_infinity();
+  const int id = good ? LongRow<Type>{p, s, peaks, any}.draw(counts ? static_cast<u32>(k) : 0, options, top) : 0;
+  if (threadIdx.x == 0) p.tokens[b] = id, p.valid[b] = good;
+}
+
+template <int Type>
+ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
+  extern __shared__ __align__(128) char memory[];
+  using Row = TopkRow<Type, false>;
+  TopkShared& s = *reinterpret_cast<TopkShared*>(memory);
+  Raw<Type>* const peaks = reinterpret_cast<Raw<Type>*>(&s + 1);
+  const int b = static_cast<int>(blockIdx.x);
+  OnceStream<Type> stream{p, b};
+  // L2 may be asked before the grid before has ended: it stays coherent with who may still write.
+  ask_block_l2<Type>(p, b, stream.block_of(0));
+  s.open();
+  __syncthreads();
+  wait_for_previous_grid();
+  launch_dependents();
+  const RawOptions raw(p, b);
+  const TopkOptions options(p, b);
+  stream.load(0);
+  if (options.k == 0) {
+    draw_other<Type>(p, memory, b);
+    return;
+  }
+  const RowOptions o = raw.use();
+  const RowPointers r = row_pointers<Type>(p, b);
+  Row row{p, s, r, o, options.k, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
+  const float mine = keep_row<Type>(stream, peaks);
+  row.collect(peaks, p.blocks * 32, row.find_bound(mine), mine);
+  row.finish(options, b);
+}
+
+}  // namespace attnkit::sampling

@@ -1,0 +1,100 @@
+"""Rows of any top-k that a CTA has to itself: short and long ones, min-p, top-p alone and none side by side, as the reference draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnkit
+from attnkit.backends.cuda.builds import sampling as builds
+from attnkit.sampling import KERNELS
+from tests.kernels import every
+from tests.test_sampling_large import both, chooser, normal
+
+CUDA = [p for p in every(KERNELS) if p.id == "cuda_sm90"]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+gpu = pytest.mark.gpu
+#: Rows of less than a block, of one, of one a warp and of several, at odd addresses; the last too long for rows by arrival.
+VOCABULARIES = [1, 70, 2047, 2049, 17000, 32768, 33001, 50257, 131072, 250000]
+
+
+def test_what_is_drawn_at_once():
+    fits = [builds.fits_at_once(kind, B, 131072, 132) for kind in (builds.BF16, builds.F32) for B in (8, 32, 64, 132, 133)]
+    assert fits == [False, True, True, True, False, False, False, True, True, False]
+    assert not builds.fits_at_once(builds.BF16, 64, 256000, 132)
+    assert all(builds.at_once_bytes(V) <= 227 * 1024 for V in (1, 131072, builds.MOST_LOCAL * builds.GROUP))
+
+
+def odd_rows(B: int, V: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal rows of several spreads; ties, staircases, masks, +inf, NaN, one token alone, none."""
+    x = normal(B, V, torch.float32, seed=V)
+    for b in range(B):
+        kind = b % 12
+        if kind == 1:
+            x[b] = x[b].round()
+        elif kind == 2:
+            x[b] = x[b].sort().values
+        elif kind == 3:
+            x[b] = 0.25
+        elif kind == 4:
+            x[b, torch.rand(V, device="cuda") < 0.97] = -float("inf")
+        elif kind == 5:
+            x[b, V // 2] = (float("inf"), float("nan"), 60.0)[b // 12 % 3]
+        elif kind == 6:
+            x[b, 1:] = -float("inf")
+        elif kind == 7 and b // 12 == 1:
+            x[b] = -float("inf")
+        elif kind == 8:
+            x[b] *= 300
+        elif kind == 9:
+            x[b] = x[b] / 30 + 300
+    return x.to(dtype)
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_rows_of_all_kinds_side_by_side(V, dtype, impl, device):
+    B, one_of = 120, chooser(120)
+    o = {
+        "temperature": one_of(1.0, 0.7, 1.5, 9.0, 0.0),
+        "top_k": one_of(1, 2, 7, 50, 128, 129, 1000, 0, V, 5000, dtype=torch.int64),
+        "top_p": one_of(1.0, 0.9, 0.5, 0.1, 0.99, 0.0),
+        "min_p": one_of(0.0, 0.0, 0.05, 0.3, 1.0),
+    }
+    got, want = both(odd_rows(B, V, dtype), impl, seed=V, **o)
+    assert torch.equal(got.valid, want.valid)
+    assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 50, 128, 1000, 4096, 4097])
+def test_one_top_k_of_many_rows(k, dtype, impl, device):
+    """As a tensor, so that a longer one is drawn by the same kernel."""
+    x = normal(100, 50257, dtype, seed=k)
+    for p in (1.0, 0.6):
+        got, want = both(x, impl, seed=3, top_k=torch.full((100,), k, device="cuda"), top_p=p, temperature=0.8)
+        assert got.valid.all()
+        assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_that_come_in_order(dtype, impl, device):
+    """The largest last: no bound by the first blocks says anything."""
+    x = torch.arange(131072, device="cuda").mul(1e-4).to(dtype).expand(64, -1).contiguous()
+    for k in (50, 128):
+        got, want = both(x, impl, seed=1, top_k=k, top_p=0.9)
+        assert torch.equal(got.tokens, want.tokens)
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+def test_repeats_are_the_same_bit_for_bit(impl, device):
+    x = normal(132, 131072, torch.bfloat16)
+    draws = [attnkit.sample(x, seed=5, top_k=50, top_p=0.9, impl=impl).tokens for _ in range(100)]
+    assert all(torch.equal(draws[0], one) for one in draws)
