@@ -1,4 +1,4 @@
-"""Rows of any top-k that a CTA has to itself: short and long ones, min-p, top-p alone and none side by side, as the reference draws."""
+"""Rows of any top-k that a CTA has to itself: short and long ones, min-p, top-p alone and none side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.test_sampling_large import both, chooser, normal
 CUDA = [p for p in every(KERNELS) if p.id == "cuda_sm90"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 gpu = pytest.mark.gpu
-#: Rows of less than a block, of one, of one a warp and of several, at odd addresses; the last too long for rows by arrival.
+#: Rows of less than a block, of one, of one a warp and of several, at odd addresses; the last is nearly the longest that fits.
 VOCABULARIES = [1, 70, 2047, 2049, 17000, 32768, 33001, 50257, 131072, 250000]
 
 
@@ -85,7 +85,7 @@ def test_one_top_k_of_many_rows(k, dtype, impl, device):
 @pytest.mark.parametrize(("impl", "device"), CUDA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_that_come_in_order(dtype, impl, device):
-    """The largest last: no bound by the first blocks says anything."""
+    """The largest last, and many alike in 16 bits."""
     x = torch.arange(131072, device="cuda").mul(1e-4).to(dtype).expand(64, -1).contiguous()
     for k in (50, 128):
         got, want = both(x, impl, seed=1, top_k=k, top_p=0.9)
