@@ -146,7 +146,7 @@ def _sampling() -> list[Case]:
         *(Sample(B=128, V=131072, top_p=0.9, temperature=t) for t in (5.0, 25.0)),
         *(Sample(B=128, V=131072, top_p=p, penalties=True) for p in (0.1, 0.9)),
         Sample(B=128, V=131072, min_p=0.05),
-        Sample(B=128, V=131072, top_k=50, top_p=0.9, penalties=True),
+        *(Sample(B=128, V=131072, top_k=50, top_p=0.9, penalties=True, dtype=dtype) for dtype in ("fp32", "bf16")),
         *(Sample(B=128, V=131072, top_k=k, top_p=0.9, dtype="bf16") for k in (50, 0)),
         *(Sample(B=128, V=131072, top_k=1000, top_p=0.9, dtype=dtype) for dtype in ("fp32", "bf16")),
         Sample(B=128, V=32000, top_k=50, top_p=0.9),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -225,8 +228,18 @@ def test_no_seed_draws_anew():
     assert not torch.equal(attnkit.sample(logits).tokens, attnkit.sample(logits).tokens)
 
 
+def ways(**changes: Any) -> tuple[str, ...]:
+    """Who draws of float32 logits on a device of 132 multiprocessors."""
+    usual = dict(
+        op="sample", device=torch.device("cuda", 0), dtype=torch.float32, B=64, V=131072, logits_stride=(131072, 1), aligned=True,
+        temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+        offset=0, counts=False, prompt_mask=False, logit_bias=False, allowed=False, logprobs=None,
+    )  # fmt: skip
+    return cuda_sampling._ways(SampleSig(**{**usual, **changes}))
+
+
 @pytest.mark.parametrize(
-    ("B", "top_p", "min_p", "counts", "ways"),
+    ("B", "top_p", "min_p", "counts", "expected"),
     [
         (128, 0.9, 0.0, False, ("arrival",)),
         (128, None, 0.0, False, ("arrival",)),
@@ -237,10 +250,28 @@ def test_no_seed_draws_anew():
         (15, 0.1, 0.05, False, ("rest",)),
     ],
 )
-def test_who_draws_under_top_p(B, top_p, min_p, counts, ways):
-    sig = SampleSig(
-        op="sample", device=torch.device("cuda", 0), dtype=torch.float32, B=B, V=131072, logits_stride=(131072, 1), aligned=True,
-        temperature=1.0, top_k=0, top_p=top_p, min_p=min_p, repetition_penalty=1.2, presence_penalty=0.0, frequency_penalty=0.0,
-        offset=0, counts=counts, prompt_mask=False, logit_bias=False, allowed=False, logprobs=None,
-    )  # fmt: skip
-    assert cuda_sampling._ways(sig) == ways
+def test_who_draws_under_top_p(B, top_p, min_p, counts, expected):
+    assert ways(B=B, top_p=top_p, min_p=min_p, counts=counts, repetition_penalty=1.2) == expected
+
+
+@pytest.mark.parametrize(
+    ("expected", "changes"),
+    [
+        (("once",), {"top_k": 128}),
+        (("once",), {"top_k": 129}),
+        (("once",), {"top_k": 4096, "top_p": 0.9, "min_p": None}),
+        (("once",), {"top_k": None}),
+        (("once",), {"top_k": 1000, "B": 24, "dtype": torch.bfloat16}),
+        (("rest",), {"top_k": 4097}),
+        (("rest",), {"top_k": 1000, "B": 24}),
+        (("rest",), {"top_k": 1000, "B": 133}),
+        (("rest",), {"top_k": 1000, "counts": True, "frequency_penalty": 0.1}),
+        (("short",), {"top_k": 128, "B": 133}),
+        (("short", "rest"), {"top_k": None, "logit_bias": True}),
+    ],
+    ids=str,
+)
+def test_who_draws_under_top_k(expected, changes, monkeypatch):
+    """A number up to what a list has room for as a tensor is, where each row has a multiprocessor; else the filter kernel."""
+    monkeypatch.setattr(cuda_sampling.arch, "of", lambda device: SimpleNamespace(sms=132, sm=90))
+    assert ways(**changes) == expected

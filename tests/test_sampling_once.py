@@ -83,6 +83,21 @@ def test_one_top_k_of_many_rows(k, dtype, impl, device):
 
 @gpu
 @pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("k", [129, 4000, 4096])
+def test_a_longer_top_k_whose_list_is_nearly_full(k, dtype, impl, device):
+    """As a number and as a tensor: one is drawn as the other."""
+    x = normal(60, 131072, dtype, seed=k)
+    for p in (1.0, 0.9, 0.3):
+        got, want = both(x, impl, seed=2, top_k=k, top_p=p)
+        assert got.valid.all()
+        assert (got.tokens != want.tokens).sum() <= 1
+        tensor = attnkit.sample(x, seed=2, top_k=torch.full((60,), k, device="cuda"), top_p=p, impl=impl)
+        assert torch.equal(got.tokens, tensor.tokens)
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_that_come_in_order(dtype, impl, device):
     """The largest last, and many alike in 16 bits."""

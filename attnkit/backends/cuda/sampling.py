@@ -56,12 +56,12 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
             return ("flow",)
         return ("ring",) if leads and sig.aligned else ("all",)
     k = sig.top_k
-    if k is not None and 0 < k < sig.V and k <= builds.MOST_LISTED:
-        return ("once",) if _at_once(sig) else ("short",)
     if k is None:
         return ("once",) if _at_once(sig) else ("short", "rest")
     if 0 < k < sig.V:
-        return ("rest",)
+        if k <= builds.MOST_LONG and _at_once(sig):
+            return ("once",)
+        return ("short",) if k <= builds.MOST_LISTED else ("rest",)
     if sig.min_p == 0.0 and builds.fits_by_arrival(sig.V):
         return ("arrival",)
     return ("cut",) if sig.B >= builds.LEAST_CUT_ROWS else ("rest",)

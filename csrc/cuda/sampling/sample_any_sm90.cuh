@@ -88,20 +88,6 @@ struct AnyRow {
     for (int i = 0; i < kTopkWarps; ++i) x += s.bests[i];
     return x;
   }
-  // Over the threads before this one.
-  ATTNKIT_DEVICE u32 sum_before(u32 x) const {
-    u32 sum = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const u32 other = __shfl_up_sync(0xffffffffu, sum, step);
-      sum += lane >= step ? other : 0;
-    }
-    if (lane == 31) s.sums[warp] = sum;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kTopkWarps; ++i) sum += i < warp ? s.sums[i] : 0;
-    return sum - x;
-  }
 
   // ---- the draw ----
 
@@ -120,7 +106,7 @@ struct AnyRow {
         if (key >> shift >> 8 == prefix >> shift >> 8) atomicAdd(&counted[key >> shift & 255], 1u);
       });
       __syncthreads();
-      const u32 bin = 255 - threadIdx.x, mine = threadIdx.x < 256 ? counted[bin & 255] : 0, before = sum_before(mine);
+      const u32 bin = 255 - threadIdx.x, mine = threadIdx.x < 256 ? counted[bin & 255] : 0, before = sum_before(mine, s.sums);
       if (before < need && before + mine >= need) s.bin = bin, s.need = need - before, s.equal = mine;
       __syncthreads();
       prefix |= static_cast<u64>(s.bin) << shift;
@@ -130,7 +116,7 @@ struct AnyRow {
     return prefix;
   }
 
-  // The best draw of the tokens from key ``last`` and logit ``least`` on.
+  // The best draw of the tokens from key ``last`` and logit ``least`` on; -1 if there is none.
   ATTNKIT_DEVICE int draw_from(u64 last, float least) const {
     u64 best = 0;
     for_all([&](u64 key) {
@@ -140,10 +126,11 @@ struct AnyRow {
       philox_words(seed, offset, kOfTokens, static_cast<u32>(id) >> 2, w);
       best = max(best, pack_best(noisy(logit_of(key), one_of(w, id)), id));
     });
-    return best_id(most_of(best));
+    best = most_of(best);
+    return best == 0 ? -1 : best_id(best);
   }
 
-  // The id that is drawn. ``k``: 0 for all; ``top``: the largest logit, a number. By all threads.
+  // The id that is drawn, -1 if min-p leaves none (where it is more than 1). ``k``: 0 for all; ``top``: the largest logit, a number. By all threads.
   ATTNKIT_DEVICE int draw(u32 k, float share, float ratio, float top) const {
     const float least = ratio > 0.0f ? __fadd_rn(top, logf(ratio)) : -kF32Max;
     u64 last = k != 0 ? find_last(k, 0, *this) : 1, enough = ~0ull;
@@ -160,7 +147,7 @@ struct AnyRow {
 #pragma unroll 1
     while (true) {
       const int id = draw_from(last, least);
-      if (share >= 1.0f) return id;
+      if (share >= 1.0f || id < 0) return id;
       float x[4];
       load_chunk<Type, Penalised>(x, r, o, id & ~3, p.V);
       const u64 own = pack_best(warm(one_of(x, id), o), id);

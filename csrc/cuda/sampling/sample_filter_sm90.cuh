@@ -266,21 +266,6 @@ struct FilterRow {
 
   // ---- helpers of a CTA ----
 
-  // Sum of x over the threads before this one; every thread calls.
-  ATTNKIT_DEVICE u32 block_before(u32 x) {
-    u32 sum = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const u32 other = __shfl_up_sync(0xffffffffu, sum, step);
-      sum += lane >= step ? other : 0;
-    }
-    if (lane == 31) s.sums[warp] = sum;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kSampleWarps; ++i) sum += i < warp ? static_cast<u32>(s.sums[i]) : 0;
-    return sum - x;
-  }
-
   ATTNKIT_DEVICE float warp_sum(float x) const {
 #pragma unroll
     for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
@@ -309,7 +294,7 @@ struct FilterRow {
       cluster_sync();
       u32 mine = 0;
       for (int cta = 0; cta < size; ++cta) mine += load_remote(remote_address(&counted[255 - threadIdx.x], cta));
-      const u32 before = block_before(mine);
+      const u32 before = sum_before(mine, s.sums);
       if (before < need && before + mine >= need) s.pick = Pick{255 - threadIdx.x, need - before, mine};
       __syncthreads();
       const Pick pick = s.pick;

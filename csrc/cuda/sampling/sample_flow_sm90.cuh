@@ -26,6 +26,12 @@ struct FlowShared {
 };
 static_assert(sizeof(FlowShared<kBf16>) == 6144 && sizeof(LeadRow) == 128, "FLOW_BYTES and LEAD_ROW_BYTES");
 
+ATTNKIT_DEVICE u32 lanes_before() {
+  u32 mask;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
+  return mask;
+}
+
 // Logarithms of what may lead are counted in the last bits of a float: 2^23 an octave. The bits of a whole number as a float
 // then are its logarithm, along a straight line from each power of two to the next: never more, and less by 0.09 octaves at
 // the most. A draw hopes for peak scale - these bits of its word: at least the logarithm of 2^-159 e^score, if its group's sum

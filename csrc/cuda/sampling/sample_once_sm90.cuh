@@ -155,9 +155,9 @@ __device__ __noinline__ void draw_other(const SampleParams& p, char* memory, int
   const RowPointers r = row_pointers<Type>(p, b);
   AnyRow<Type, false> any{p, s.any, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
   const float top = any.top_of(keep_row<Type>(stream, peaks));
-  const bool good = top > negative_infinity();
-  const int id = good ? LongRow<Type>{p, s, peaks, any}.draw(counts ? static_cast<u32>(k) : 0, options, top) : 0;
-  if (threadIdx.x == 0) p.tokens[b] = id, p.valid[b] = good;
+  int id = -1;
+  if (top > negative_infinity()) id = LongRow<Type>{p, s, peaks, any}.draw(counts ? static_cast<u32>(k) : 0, options, top);
+  if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
 }
 
 template <int Type>
@@ -171,7 +171,6 @@ ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
   // L2 may be asked before the grid before has ended: it stays coherent with who may still write.
   ask_block_l2<Type>(p, b, stream.block_of(0));
   s.open();
-  __syncthreads();
   wait_for_previous_grid();
   launch_dependents();
   const RawOptions raw(p, b);

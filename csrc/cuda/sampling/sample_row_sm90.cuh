@@ -41,12 +41,6 @@ struct SampleParams {
 
 ATTNKIT_DEVICE u32 lane_id() { return threadIdx.x & 31; }
 
-ATTNKIT_DEVICE u32 lanes_before() {
-  u32 mask;
-  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
-  return mask;
-}
-
 // The larger; NaN if either is.
 ATTNKIT_DEVICE float max_nan(float a, float b) {
   float r;
@@ -74,6 +68,23 @@ constexpr u64 kNaNSeen = ~0ull;
 ATTNKIT_DEVICE u64 warp_max(u64 x) {
   const u32 high = static_cast<u32>(x >> 32), most = __reduce_max_sync(0xffffffffu, high);
   return static_cast<u64>(most) << 32 | __reduce_max_sync(0xffffffffu, high == most ? static_cast<u32>(x) : 0u);
+}
+
+// Sum of x over the CTA's threads before this one; all call. ``sums``: a place a warp.
+template <class Sum, int Warps>
+ATTNKIT_DEVICE u32 sum_before(u32 x, Sum (&sums)[Warps]) {
+  const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
+  u32 sum = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const u32 other = __shfl_up_sync(0xffffffffu, sum, step);
+    sum += lane >= step ? other : 0;
+  }
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Warps; ++i) sum += i < warp ? static_cast<u32>(sums[i]) : 0;
+  return sum - x;
 }
 
 // One of four in registers, by the last two bits of ``at``.

@@ -20,8 +20,10 @@ struct alignas(16) TopkShared {
   u64 bests[kTopkWarps], enough;
   int n, n_groups, nan;  // candidates, groups; a NaN was seen
 
+  // By all; nobody finds anything before all are here.
   ATTNKIT_DEVICE void open() {
-    if (threadIdx.x == 0) n = n_groups = nan = 0, enough = ~0ull;
+    if (threadIdx.x == 0) n = n_groups = nan = 0;
+    __syncthreads();
   }
 };
 

@@ -14,8 +14,8 @@ GROUP = 16
 #: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
 STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
-#: sizeof(LongRow::Shared) in csrc/cuda/sampling/sample_once_sm90.cuh.
-LONG_BYTES = 84192
+#: sizeof(LongRow::Shared) in csrc/cuda/sampling/sample_once_sm90.cuh, and the longest top-k whose tokens it lists.
+LONG_BYTES, MOST_LONG = 84192, 4096
 #: Threads of the ring and the flow kernel, sizeof(RingShared) and sizeof(FlowShared) in csrc/cuda/sampling, and sizeof(LeadRow)
 #: in sample_lead_sm90.cuh there.
 LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 6144, 128
