@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.abc
-import importlib.util
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,30 +33,15 @@ class Failed(Exception):
 # ---------------------------------------------------------------- a checkout's process
 
 
-class Inside(importlib.abc.MetaPathFinder):
-    """Finds what an installation puts inside attnkit where the checkout has it, before an installed one is asked."""
-
-    FOLDERS = MappingProxyType({"attnkit.triton_kernels": "triton_kernels", "attnkit.integrations": "integrations"})
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in self.FOLDERS:
-            return None
-        folder = self.root / self.FOLDERS[name]
-        return importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-
-
 def enter(root: Path) -> None:
     """Everything of attnkit and perf is the checkout's from here on."""
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent)]
-    sys.meta_path.insert(0, Inside(root))
     import attnkit
 
     found = Path(str(attnkit.__file__)).resolve().parent.parent
     if found != root:
         raise SystemExit(f"turns: attnkit comes from {found}, not from {root}")
+    attnkit.__path__.append(str(root))  # an installation puts triton_kernels and integrations inside attnkit
 
 
 class Server:
@@ -150,11 +131,8 @@ class Checkout:
         self.name = name
         if not (root / "attnkit" / "__init__.py").is_file():
             raise Failed(f"{root} is no checkout: it has no attnkit/__init__.py")
-        surroundings = {
-            "OMP_WAIT_POLICY": "passive",
-            **os.environ,
-            "PYTHONPATH": str(root),
-        }  # who waits leaves the cores to the other
+        # Who waits leaves the cores to the other.
+        surroundings = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": str(root)}
         command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
         self._process = subprocess.Popen(
             command, cwd=root, env=surroundings, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -183,9 +161,9 @@ class Checkout:
 
 def compare(here: Checkout, there: Checkout, family: str, case: str, impl: str | None, rounds: int) -> dict[str, Any]:
     """A case of both: medians, the median ratio of a round (above 1: this checkout is the quicker), and what differs."""
-    from attnkit.timing import order
+    from attnkit.timing import Paired, order
 
-    both = {c.name: c for c in (there, here)}
+    both = {c.name: c for c in (here, there)}
     opened = {name: c.ask("open", family=family, case=case, impl=impl) for name, c in both.items()}
     us: dict[str, list[float]] = {name: [] for name in both}
     warm = time.monotonic() + WARM
@@ -197,12 +175,13 @@ def compare(here: Checkout, there: Checkout, family: str, case: str, impl: str |
             us[name].append(both[name].ask("time")["us"])
     for c in both.values():
         c.ask("close")
-    ratio = statistics.median(a / b for a, b in zip(us[there.name], us[here.name], strict=True))
+    paired = Paired.of(us, dict.fromkeys(us, 1), "turns")
     return {
-        "case": case, "kernels": [opened[c.name]["kernel"] for c in (there, here)],
-        "us": [statistics.median(us[c.name]) for c in (there, here)], "ratio": ratio,
+        "kernels": [opened[c.name]["kernel"] for c in (there, here)],
+        "us": [paired.timings[c.name].us for c in (there, here)],
+        "ratio": paired.ratios[there.name],
         "results": _difference(opened[there.name], opened[here.name]),
-    }  # fmt: skip
+    }
 
 
 def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
@@ -240,22 +219,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not wanted:
         raise SystemExit(f"turns: no case of {', '.join(asked.family)} has {asked.match!r} in its name")
     try:
-        both = Checkout("here", ROOT), Checkout("there", asked.other.resolve())
+        there = Checkout("there", asked.other.resolve())
     except Failed as problem:
         raise SystemExit(f"turns: {problem}") from None
-    print(f"{'case':44} {'there us':>10} {'here us':>10} {'there/here':>10}  results")
+    both = Checkout("here", ROOT), there
+    print(f"{'case':43}{'there us':>9}{'here us':>9}{'ratio':>7}  results")
     for family, case in wanted:
         try:
             row = compare(*both, family, case, asked.impl, asked.rounds)
         except Failed as problem:
             for c in both:
                 c.ask("close")
-            print(f"{case:44} {problem}", flush=True)
+            print(f"{case:43} {problem}", flush=True)
             continue
         kernels = "" if row["kernels"][0] == row["kernels"][1] else f"  {row['kernels'][0]} -> {row['kernels'][1]}"
-        print(
-            f"{case:44} {row['us'][0]:10.2f} {row['us'][1]:10.2f} {row['ratio']:10.3f}  {row['results']}{kernels}", flush=True
-        )
+        print(f"{case:43}{row['us'][0]:9.2f}{row['us'][1]:9.2f}{row['ratio']:7.3f}  {row['results']}{kernels}", flush=True)
     for c in both:
         c.end()
 
