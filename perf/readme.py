@@ -84,14 +84,26 @@ def _means(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
+def _roofs(roofs: dict[str, float]) -> str:
+    return f"{roofs['read_gbs'] / 1e3:.2f} TB/s read, {roofs['bf16_tflops']:.0f} TFLOP/s bf16, {roofs['int8_tflops']:.0f} TOP/s int8"
+
+
+def _listed(families: list[str]) -> str:
+    *most, last = [FAMILIES.get(f, f) for f in families]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def table(receipt: dict[str, Any]) -> str:
     roofs, rows = receipt["roofs"], first_rows(receipt)
     gpu = receipt["gpu"].removeprefix("nvidia-").split("-")[0].upper()
     lines = [
-        f"One {gpu}, one run, each case in turn with the best peer that was there (FlashAttention-3, FlashInfer, FlashMLA, vLLM's",
+        f"One {gpu}, each case in turn with the best peer that was there (FlashAttention-3, FlashInfer, FlashMLA, vLLM's",
         "CUTLASS and quantising kernels, torch), by CUDA-graph replay over rotated buffers; roofs measured in the same run:",
-        f"{roofs['read_gbs'] / 1e3:.2f} TB/s read, {roofs['bf16_tflops']:.0f} TFLOP/s bf16, {roofs['int8_tflops']:.0f} TOP/s int8."
-        " `x` above 1 is faster than every peer.",
+        f"{_roofs(roofs)}. `x` above 1 is faster than every peer.",
+        *(
+            f"Rows of {_listed(run['families'])} are of an earlier run: {_roofs(run['roofs'])}."
+            for run in receipt.get("earlier", [])
+        ),
         f"All {len(receipt['rows'])} rows: [perf/results](perf/results/{receipt['gpu']}.json).",
         "",
         "| case | kernel | us | rate | of the roof | best peer | x |",

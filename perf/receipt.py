@@ -2,8 +2,9 @@
 
 `write` runs compute-sanitizer, the GPU tests and the perf suite, and puts their counts and rows into
 perf/results/<gpu>.json. `--steps` runs some of the three and takes what an earlier run left in perf/out of the others;
-`--no-run` takes all of it from there: sanitizer.json, run.json and JUnit files. `check` says whether the committed receipts belong to the code as it stands.
-It needs neither git nor a GPU.
+`--no-run` takes all of it from there: sanitizer.json, run.json and JUnit files. Rows of a family that was not timed anew stay
+if nothing that it runs has changed since: each family has a hash of its own. `check` says whether the committed receipts
+belong to the code as it stands. It needs neither git nor a GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ PRODUCTS = frozenset({"__pycache__", "cubins", "build", "dist"})
 SUFFIXES = frozenset({".so", ".pyc", ".pyd", ".o", ".tmp", ".lock", ".corrupt", ".orig", ".rej", ".swp"})
 
 
+#: The rooms of CUDA code that a family runs. What is of no room is of all families.
+RUNS = {
+    "prefill": {"prefill"}, "decode": {"decode"}, "mla": {"mla", "decode", "prefill"}, "gemm": {"gemm", "quantize"},
+    "sampling": {"sampling"}, "hidden": {"hidden", "sampling"}, "cache": {"cache"},
+}  # fmt: skip
+ROOMS = frozenset().union(*RUNS.values())
+
+
 class Refused(Exception):
     """There is nothing to write a receipt of; the message says why."""
 
@@ -47,9 +56,22 @@ def sources(root: Path = ROOT) -> Iterator[Path]:
     yield from sorted(found, key=lambda p: p.as_posix())
 
 
-def source_hash(root: Path = ROOT) -> str:
+def room_of(path: Path) -> str | None:
+    """The room that a file is of: its folder's under csrc/cuda, or the one that it is named after among builds and configs."""
+    if path.parts[:2] == ("csrc", "cuda"):
+        return path.parts[2] if path.parts[2] in ROOMS else None
+    if path.parts[:3] == ("attnkit", "backends", "cuda") or path.parts[:2] == ("attnkit", "configs"):
+        name = path.stem.partition("_")[0]
+        return name if name in ROOMS else None
+    return None
+
+
+def source_hash(root: Path = ROOT, family: str | None = None) -> str:
+    """Of all of the measured code, or of what a family runs."""
     digest = hashlib.sha256()
     for path in sources(root):
+        if family is not None and room_of(path) not in (None, *RUNS[family]):
+            continue
         content = (root / path).read_bytes()
         digest.update(f"{path.as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:32]
@@ -132,7 +154,35 @@ def build(run: Path, junit: Sequence[Path], root: Path = ROOT) -> dict[str, Any]
         raise Refused(f"no JUnit files under {OUT}; run the tests with --junitxml={OUT}/tests.xml first")
     keys = ("source", "gpu", "versions", "roofs")
     rest = {k: data.get(k, []) for k in ("rows", "engine", "notes")} | {"calls": data.get("calls", {})}
-    return {**{k: data[k] for k in keys}, "tests": counts(junit), **_sanitizer(run.parent / SANITIZER, source), **rest}
+    families = {f: source_hash(root, f) for f in sorted({row["family"] for row in rest["rows"]} & RUNS.keys())}
+    return {
+        **{k: data[k] for k in keys}, "families": families, "tests": counts(junit),
+        **_sanitizer(run.parent / SANITIZER, source), **rest,
+    }  # fmt: skip
+
+
+def kept(receipt: dict[str, Any], before: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
+    """``receipt`` with rows of the one before it: of families that it has not timed, and that run what they ran then.
+
+    "earlier" has the runs that these are of: which families, the code and the roofs.
+    """
+    if before.get("versions") != receipt["versions"]:
+        return receipt
+    timed = {row["family"] for row in receipt["rows"]}
+    stay = {f: h for f, h in before.get("families", {}).items() if f not in timed and h == source_hash(root, f)}
+    runs = [*before.get("earlier", []), {"families": list(before.get("families", {})), **_of(before)}]
+    earlier, left = [], set(stay)
+    for run in runs:
+        mine = sorted(left.intersection(run["families"]))
+        if mine:
+            earlier.append({**run, "families": mine})
+            left -= set(mine)
+    rows = [row for row in before["rows"] if row["family"] in stay]
+    return receipt | {"families": receipt["families"] | stay, "earlier": earlier, "rows": [*receipt["rows"], *rows]}
+
+
+def _of(receipt: dict[str, Any]) -> dict[str, Any]:
+    return {key: receipt.get(key) for key in ("source", "roofs")}
 
 
 def _sanitizer(path: Path, source: str) -> dict[str, Any]:
@@ -143,10 +193,12 @@ def _sanitizer(path: Path, source: str) -> dict[str, Any]:
     return {"sanitizer": found["tools"]} if found["source"] == source else {}
 
 
-def write(run: Path, junit: Sequence[Path]) -> Path:
-    receipt = build(run, junit)
+def write(run: Path, junit: Sequence[Path], root: Path = ROOT) -> Path:
+    receipt = build(run, junit, root)
     path = RESULTS / f"{receipt['gpu']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        receipt = kept(receipt, json.loads(path.read_text(encoding="utf-8")), root)
     path.write_text(json.dumps(_rounded(receipt), indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -175,6 +227,9 @@ def check(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
             continue
         if not belongs:
             problems.append(f"{path.name}: is of other code ({receipt['source']}, now {source})")
+        for family, of in receipt.get("families", {}).items():
+            if of != source_hash(root, family):
+                problems.append(f"{path.name}: its rows of {family} are of other code")
         for tool, result in receipt.get("sanitizer", {}).items():
             if result["errors"]:
                 problems.append(f"{path.name}: {tool} found {result['errors']} errors (-1: did not finish)")

@@ -66,6 +66,13 @@ def cases() -> Iterator[tuple[Any, str]]:
         # lists hold.
         *(Sample(B=70, V=4100, top_k=k, min_p=0.01, dtype=kind) for k in (50, 300) for kind in ("fp32", "bf16")),
         Sample(B=60, V=70001, top_k=40, top_p=0.9),
+        # Counted by value; with penalties by one launch, or by two.
+        *(Sample(B=60, V=V, top_p=p, dtype="bf16") for V, p in ((4104, 0.9), (4104, 0.1), (131072, 0.9))),
+        *(
+            Sample(B=20, V=4100, top_k=k, top_p=0.9, penalties=True, dtype=kind)
+            for k, kind in ((50, "fp32"), (50, "bf16"), (300, "bf16"))
+        ),
+        Sample(B=2, V=70001, top_k=50, top_p=0.9, penalties=True, dtype="bf16"),
         *(Sample(B=70, V=4100, top_p=p) for p in (0.9, 0.1)),
         *(Sample(B=16, V=32003, top_p=0.9, min_p=m, temperature=t) for m in (0.0, 1e-6) for t in (1.0, 9.0)),
         *(Sample(B=5, V=32003, top_p=p, penalties=True) for p in (0.9, 0.1)),
@@ -89,8 +96,8 @@ def cases() -> Iterator[tuple[Any, str]]:
                 yield case, kernel.name
 
 
-def run() -> list[str]:
-    """Every case once, in this process; the names of those that ran (a kernel declines what is another's)."""
+def run(match: str = "") -> list[str]:
+    """Every case that matches once, in this process; the names of those that ran (a kernel declines what is another's)."""
     import torch
     from torch import Tensor
 
@@ -98,6 +105,8 @@ def run() -> list[str]:
 
     done, partials = [], workspace.partials
     for case, kernel in cases():
+        if not re.search(match, f"{case.op} {case.name}"):
+            continue
         x = {k: v.to("cuda") if isinstance(v, Tensor) else v for k, v in case.build(torch.device("cpu")).items()}
         call = case.call(x, kernel)
         workspace.partials = _filled if case.op in BULK_STORES else partials
@@ -122,12 +131,12 @@ def _filled(device: Any, nbytes: int) -> Any:
     return torch.zeros(nbytes, dtype=torch.uint8).to(device)
 
 
-def start(tool: str, sanitizer: str) -> subprocess.Popen[str]:
+def start(tool: str, sanitizer: str, match: str) -> subprocess.Popen[str]:
     # Every finding, so that each kernel's can be counted; without stacks, which would fill the log.
     options = ["--print-limit", "0", "--show-backtrace", "no", "--error-exitcode", str(ERRORS)]
     if tool == "synccheck":  # barriers to keep track of: what it detects by itself can be too few, and 64 were once
         options += ["--num-cuda-barriers", "512"]
-    command = [sanitizer, "--tool", tool, *options, sys.executable, "-m", "perf.sanitize", "--run"]
+    command = [sanitizer, "--tool", tool, *options, sys.executable, "-m", "perf.sanitize", "--run", "--match", match]
     log = (OUT / f"{tool}.log").open("w")
     # Without torch's cache every tensor is an allocation of its own, whose ends the tools can see.
     surroundings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -137,17 +146,18 @@ def start(tool: str, sanitizer: str) -> subprocess.Popen[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.sanitize", description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", action="store_true", help="only run the cases, in this process")
+    parser.add_argument("--match", default="", metavar="RE", help="only cases whose op and name match")
     parser.add_argument("--tool", nargs="*", default=list(TOOLS), choices=TOOLS, help="default: all three")
     args = parser.parse_args(argv)
     if args.run:
-        print(*run(), sep="\n")
+        print(*run(args.match), sep="\n")
         return 0
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         print("sanitize: compute-sanitizer was not found (the CUDA toolkit brings it)", file=sys.stderr)
         return 2
     OUT.mkdir(parents=True, exist_ok=True)
-    running = {tool: start(tool, sanitizer) for tool in args.tool}
+    running = {tool: start(tool, sanitizer, args.match) for tool in args.tool}
     found: dict[str, Any] = {"source": source_hash(), "tools": {}}
     for tool, process in running.items():
         code = process.wait()

@@ -90,7 +90,7 @@ def outputs(tree, source, gpu="nvidia-h200", failed=1):
 
 def test_a_receipt_has_what_is_asked_for(tree, monkeypatch):
     monkeypatch.setattr(receipt, "RESULTS", tree / "results")
-    monkeypatch.setattr(receipt, "source_hash", lambda root=None: "abc")
+    monkeypatch.setattr(receipt, "source_hash", lambda root=None, family=None: "abc")
     path = receipt.write(*outputs(tree, "abc"))
     assert path.name == "nvidia-h200.json"
     data = json.loads(path.read_text())
@@ -101,7 +101,7 @@ def test_a_receipt_has_what_is_asked_for(tree, monkeypatch):
 
 @pytest.mark.parametrize(("source", "taken"), [("abc", True), ("old", False)])
 def test_the_sanitizers_counts_are_taken_up_if_they_are_of_this_code(tree, monkeypatch, source, taken):
-    monkeypatch.setattr(receipt, "source_hash", lambda root=None: "abc")
+    monkeypatch.setattr(receipt, "source_hash", lambda root=None, family=None: "abc")
     run, junit = outputs(tree, "abc")
     tools = {"memcheck": {"errors": 0, "cases": 9}}
     (tree / receipt.SANITIZER).write_text(json.dumps({"source": source, "tools": tools}))
@@ -142,6 +142,50 @@ def test_check(tree):
     problems = receipt.check(results, tree)
     assert len(problems) == 4 and "memcheck found 2 errors" in problems[3]
     assert "other code" in problems[0] and "3 tests failed" in problems[1] and "not a receipt" in problems[2]
+
+
+def test_a_familys_hash_sees_what_it_runs(tree):
+    """Its own room and what is of no room; not the rooms of others."""
+    for name in ("csrc/cuda/sampling/s.cuh", "csrc/cuda/common/c.cuh", "attnkit/backends/cuda/builds/gemm_skinny.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(name)
+    families = tuple(receipt.RUNS)
+
+    def changed(name):
+        before = [receipt.source_hash(tree, family) for family in families]
+        (tree / name).write_text(f"other {name}")
+        return {f for f, was in zip(families, before, strict=True) if receipt.source_hash(tree, f) != was}
+
+    assert changed("csrc/cuda/sampling/s.cuh") == {"sampling", "hidden"}
+    assert changed("attnkit/backends/cuda/builds/gemm_skinny.py") == {"gemm"}
+    assert changed("csrc/cuda/common/c.cuh") == changed("attnkit/a.py") == set(families)
+
+
+def test_every_room_of_cuda_code_is_some_familys():
+    folders = {p.name for p in (receipt.ROOT / "csrc" / "cuda").iterdir() if p.is_dir()}
+    assert folders - {"common"} == receipt.ROOMS
+
+
+def test_rows_stay_where_nothing_that_they_ran_has_changed(tree, monkeypatch):
+    """A run of one family keeps the others' rows, but not those of a family whose code is another now, or of other versions."""
+    monkeypatch.setattr(receipt, "RESULTS", tree / "results")
+    path = tree / "results" / "nvidia-h200.json"
+    families = {"gemm": receipt.source_hash(tree, "gemm"), "cache": receipt.source_hash(tree, "cache"), "mla": "another"}
+    rows = [{"family": f, "case": "old", "us": 1.0} for f in ("gemm", "cache", "mla", "decode")]
+    first = {"families": ["cache"], "source": "first", "roofs": {"read_gbs": 1}}
+    before = {"source": "second", "roofs": {"read_gbs": 2}, "families": families, "earlier": [first], "rows": rows}
+    path.parent.mkdir()
+    for versions, stay in (({}, {"gemm", "cache"}), ({"torch": "older"}, set())):
+        path.write_text(json.dumps(before | {"versions": versions}))
+        data = json.loads(receipt.write(*outputs(tree, receipt.source_hash(tree), failed=0), tree).read_text())
+        assert {r["family"] for r in data["rows"]} == data["families"].keys() == {"decode"} | stay
+        assert [r["case"] for r in data["rows"] if r["family"] == "decode"] == ["B1"]
+        if stay:
+            assert data["earlier"] == [first, {"families": ["gemm"], "source": "second", "roofs": {"read_gbs": 2}}]
+    assert receipt.check(tree / "results", tree) == []
+    (tree / "csrc/cuda/decode").mkdir()
+    (tree / "csrc/cuda/decode/d.cu").write_text("new")
+    assert any("rows of decode are of other code" in problem for problem in receipt.check(tree / "results", tree))
 
 
 def test_steps_clear_and_run_what_was_asked_for(tmp_path, monkeypatch):
