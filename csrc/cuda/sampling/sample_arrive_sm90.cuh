@@ -33,6 +33,7 @@ struct ArriveRow {
   int tells = 0, full = 0;             // how often was told, and how often all
   bool shorter = false;                // not all is
   bool narrow = false;                 // tokens that are refused are not told
+  bool none = false;                   // no open token arrives
   int n_order = 0;                     // how many are in order
   bool bounded = false;                // bounds for them are added up
 
@@ -288,7 +289,7 @@ struct ArriveRow {
   ATTNKIT_DEVICE void find() {
     if (tells > 0) start_over();
     if (full == 2 || tells >= 10) {
-      n_order = first_open(++tells & 1), bounded = false;
+      n_order = first_open(++tells & 1), bounded = false, none = n_order == 0;
       return;
     }
     tell_early();
@@ -320,6 +321,8 @@ struct ArriveRow {
     for (int tries = 0; tries < 1 << 20; ++tries) {
       if (next >= n_order) {
         find(), next = 0;
+        // Where temperature lifts many beyond the largest float they are equals, but weigh nothing here beside the largest.
+        if (none) return choose_largest();
       } else {
         const int id = judge(next);
         if (id >= 0) return id;
