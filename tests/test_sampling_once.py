@@ -1,4 +1,4 @@
-"""Rows of any top-k that a CTA has to itself: short and long ones, min-p, top-p alone and none side by side."""
+"""Rows of any top-k that a CTA has to itself: short and long ones, min-p, top-p alone and none side by side; with penalties too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import attnkit
 from attnkit.backends.cuda.builds import sampling as builds
 from attnkit.sampling import KERNELS
 from tests.kernels import every
-from tests.test_sampling_large import both, chooser, normal
+from tests.test_sampling_large import both, chooser, normal, penalties
 
 CUDA = [p for p in every(KERNELS) if p.id == "cuda_sm90"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,10 +19,34 @@ VOCABULARIES = [1, 70, 2047, 2049, 17000, 32768, 33001, 50257, 131072, 250000]
 
 
 def test_what_is_drawn_at_once():
-    fits = [builds.fits_at_once(kind, B, 131072, 132) for kind in (builds.BF16, builds.F32) for B in (8, 32, 64, 132, 133)]
+    kinds = (builds.BF16, builds.F32)
+    fits = [builds.fits_at_once(kind, False, B, 131072, 132) for kind in kinds for B in (8, 32, 64, 132, 133)]
     assert fits == [False, True, True, True, False, False, False, True, True, False]
-    assert not builds.fits_at_once(builds.BF16, 64, 256000, 132)
-    assert all(builds.at_once_bytes(V) <= 227 * 1024 for V in (1, 131072, builds.MOST_LOCAL * builds.GROUP))
+    assert not builds.fits_at_once(builds.BF16, False, 64, 256000, 132)
+    for kind in kinds:
+        for penalised in (False, True):
+            sizes = (builds.at_once_bytes(kind, penalised, V) for V in (1, 131072, builds.MOST_LOCAL * builds.GROUP))
+            assert all(size <= 227 * 1024 for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("B", "V", "expected"),
+    [
+        (1, 32000, True),
+        (39, 131072, False),
+        (40, 131072, True),
+        (132, 131072, True),
+        (133, 131072, False),
+        (211, 131072, False),
+        (212, 131072, True),
+        (264, 131072, True),
+        (264, 32000, False),
+        (132, 256000, False),
+    ],
+)
+def test_what_is_drawn_at_once_with_penalties(B, V, expected):
+    """Few rows of a large vocabulary are read sooner by all multiprocessors; of more rows than those the last must not be few."""
+    assert builds.fits_at_once(builds.BF16, True, B, V, 132) == expected
 
 
 def odd_rows(B: int, V: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,6 +95,49 @@ def test_rows_of_all_kinds_side_by_side(V, dtype, impl, device):
 @gpu
 @pytest.mark.parametrize(("impl", "device"), CUDA)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize(
+    "given",
+    [("output_counts",), ("prompt_mask", "allowed"), ("output_counts", "prompt_mask", "allowed", "logit_bias")],
+    ids="+".join,
+)
+def test_rows_of_all_kinds_with_penalties(given, V, dtype, impl, device):
+    """Counts alone have a loop of their own; a bias leaves the one launch to two. Penalties that lower logits and that raise them."""
+    B, one_of = 120, chooser(120)
+    extra = penalties(B, V)
+    o = {name: extra[name] for name in given}
+    o |= {
+        "repetition_penalty": one_of(1.2, 1.0, 0.7),
+        "presence_penalty": one_of(0.3, 0.0, -0.5),
+        "frequency_penalty": one_of(0.2, -0.1),
+        "temperature": one_of(1.0, 0.7, 0.0),
+        "top_k": one_of(1, 2, 7, 50, 128, 129, 1000, 0, dtype=torch.int64),
+        "top_p": one_of(1.0, 0.9, 0.55),
+        "min_p": one_of(0.0, 0.0, 0.05),
+    }
+    got, want = both(odd_rows(B, V, dtype), impl, seed=V, **o)
+    assert torch.equal(got.valid, want.valid)
+    assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("B", [1, 30, 132, 140, 264])
+def test_penalties_whatever_the_batch(B, impl, device):
+    """A row's draw is the same by one launch and by two, at odd addresses too: strided logits, counts and masks."""
+    V = 70001
+    x = normal(B, V + 3, torch.bfloat16, seed=B)[:, 1 : V + 1]
+    extra = penalties(B, V + 1)
+    o = {"output_counts": extra["output_counts"][:, 1:], "prompt_mask": extra["prompt_mask"][:, 1:], "repetition_penalty": 1.3}
+    o |= {"top_k": 50, "top_p": 0.9, "frequency_penalty": 0.2}
+    got, want = both(x, impl, seed=3, **o)
+    assert got.valid.all()
+    assert (got.tokens != want.tokens).sum() <= B // 64
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 50, 128, 1000, 4096, 4097])
 def test_one_top_k_of_many_rows(k, dtype, impl, device):
     """As a tensor, so that a longer one is drawn by the same kernel."""
@@ -113,3 +180,24 @@ def test_repeats_are_the_same_bit_for_bit(impl, device):
     x = normal(132, 131072, torch.bfloat16)
     draws = [attnkit.sample(x, seed=5, top_k=50, top_p=0.9, impl=impl).tokens for _ in range(100)]
     assert all(torch.equal(draws[0], one) for one in draws)
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("V", [4999, 50257, 131072])
+def test_longer_top_k_of_odd_rows(V, dtype, impl, device):
+    """A few values, all large ones in one block, one token far above all, wide rows; top-p down to nothing; as a number too."""
+    B, one_of = 64, chooser(64)
+    x = normal(B, V, torch.float32, seed=V)
+    x[::8] = x[::8].round()
+    x[1::8] = (x[1::8] > 1).float()
+    x[2::8, V // 3 : V // 3 + 2048] += 9
+    x[3::8, V // 2] = 1e4
+    x[4::8] *= 2e3
+    x[5::8] = x[5::8].sort().values
+    o = {"top_p": one_of(1.0, 0.9, 0.5, 0.0, 0.01), "temperature": one_of(1.0, 0.6, 3.0)}
+    for k in (129, 1000, 4096, one_of(129, 700, 2500, 4096, dtype=torch.int64)):
+        got, want = both(x.to(dtype), impl, seed=V, top_k=k, **o)
+        assert got.valid.all()
+        assert (got.tokens != want.tokens).sum() <= 1

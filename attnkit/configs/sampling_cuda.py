@@ -15,7 +15,7 @@ from attnkit.signature import SampleSig
 class CudaConfig:
     """
     ctas  that the blocks of all rows are dealt to where one launch reads the logits once (greedy, plain temperature, short
-          top-k; what other filters and plain draws of many rows use follows from the shape)
+          top-k without penalties; what other filters and plain draws of many rows use follows from the shape)
     """
 
     ctas: int

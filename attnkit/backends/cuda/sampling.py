@@ -1,5 +1,5 @@
 """sample through csrc/cuda/sampling/sample_*_sm90.cu. For the token: one launch, but for a short top-k of few or very many
-rows or with penalties two, and three where a tensor leaves open which rows have one. One more for log-probabilities."""
+rows or with a bias two, and three where a tensor leaves open which rows have one. One more for log-probabilities."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
             return ("once",)
         return ("short",) if k <= builds.MOST_LISTED else ("rest",)
     if sig.min_p == 0.0 and builds.fits_by_arrival(sig.V):
-        return ("arrival",)
+        return ("tally",) if _tallied(sig) else ("arrival",)
     return ("cut",) if sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
 
 
@@ -78,9 +78,11 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
     if way == "short":
         return builds.short_top_k(kind, penalised)
     if way == "once":
-        return (builds.once(kind),)
+        return (builds.once(kind, penalised),)
     if way == "arrival":
         return (builds.top_p(kind, penalised),)
+    if way == "tally":
+        return (builds.tally(),)
     if way == "cut":
         return (builds.cut(kind, penalised),)
     held = builds.held_bytes(kind, penalised)
@@ -88,7 +90,14 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
 
 
 def _at_once(sig: SampleSig) -> bool:
-    return not extras(sig) and builds.fits_at_once(KINDS[sig.dtype], sig.B, sig.V, arch.of(sig.device).sms)
+    masks = extras(sig)
+    return "logit_bias" not in masks and builds.fits_at_once(
+        KINDS[sig.dtype], bool(masks), sig.B, sig.V, arch.of(sig.device).sms
+    )  # fmt: skip
+
+
+def _tallied(sig: SampleSig) -> bool:
+    return sig.dtype == torch.bfloat16 and sig.aligned and not extras(sig) and builds.fits_tally(sig.B, sig.V)
 
 
 def extras(sig: SampleSig) -> set[str]:
@@ -154,10 +163,10 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
         elif way == "all":
             made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values, pointers))
         elif way == "once":
-            shared, threads = builds.at_once_bytes(sig.V), builds.TOPK_THREADS
+            shared, threads = builds.at_once_bytes(KINDS[sig.dtype], penalised, sig.V), builds.TOPK_THREADS
             made.append(_made(sig, variants[0], "attnkit_sample_once", sig.B, values, pointers, shared=shared, threads=threads))
         elif way == "short":
-            made.append(_made(sig, variants[0], "attnkit_sample_peaks", plan.config.ctas, values, pointers))
+            made.append(_peaks(plan, variants[0], values, pointers, penalised))
             made.append(
                 _made(sig, variants[1], "attnkit_sample_topk", sig.B, values, pointers, threads=builds.TOPK_THREADS)
             )  # fmt: skip
@@ -166,6 +175,10 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
             shared, threads = builds.arrive_bytes(sig.V, size), builds.ARRIVE_THREADS
             name, grid = "attnkit_sample_arrive", sig.B * size
             made.append(_made(sig, variants[0], name, grid, values, pointers, cluster=size, shared=shared, threads=threads))
+        elif way == "tally":
+            shared, threads = builds.tally_bytes(sig.V), builds.TALLY_THREADS
+            slots = values | {"room": builds.tally_slots(sig.V)}
+            made.append(_made(sig, variants[0], "attnkit_sample_tally", sig.B, slots, pointers, shared=shared, threads=threads))
         elif way == "cut":
             size = builds.parts(sig.B, sig.V, arch.of(sig.device).sms, sig.top_p != 1.0)
             shared = builds.CUT_BYTES + 8 * builds.THREADS * builds.CUT_ROOM
@@ -179,6 +192,15 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
     state["draw"] = tuple(made)
     if sig.logprobs is not None:
         state["logprobs"] = _prepare_logprobs(sig, values)
+
+
+def _peaks(plan: Plan, variant: Variant, values: dict[str, Any], pointers: tuple[str, ...], penalised: bool) -> Any:
+    """The first launch of a short top-k."""
+    sig, name = plan.sig, "attnkit_sample_peaks"
+    if not penalised:
+        return _made(sig, variant, name, plan.config.ctas, values, pointers)
+    grid, shared = min(arch.of(sig.device).sms, sig.B * values["blocks"]), builds.counted_bytes(KINDS[sig.dtype], True)
+    return _made(sig, variant, name, grid, values, pointers, shared=shared, threads=builds.COUNTED_THREADS)
 
 
 def _prepare_logprobs(sig: SampleSig, values: dict[str, Any]) -> Any:

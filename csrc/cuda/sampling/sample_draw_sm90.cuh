@@ -7,7 +7,6 @@ namespace attnkit::sampling {
 
 template <int Type, bool Penalised, bool Greedy>
 struct DrawWork {
-  static constexpr bool kAhead = false;
   const SampleParams& p;
   const u64* const reached;
   RawOptions coming;
@@ -21,7 +20,6 @@ struct DrawWork {
       : p(q), reached(shared), floor(shared, 0) {}
 
   ATTNKIT_DEVICE bool cold() const { return Greedy || o.cold; }
-  ATTNKIT_DEVICE bool wants(int) const { return true; }
   ATTNKIT_DEVICE void ask(int b) { coming = RawOptions(p, b); }
   ATTNKIT_DEVICE void begin(int b) {
     o = coming.use();

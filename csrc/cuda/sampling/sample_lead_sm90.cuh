@@ -36,26 +36,6 @@ ATTNKIT_DEVICE u64 read_relaxed(const u64* p) {
   return x;
 }
 
-template <int Type>
-ATTNKIT_DEVICE Raw<Type> load_raw(u32 from) {
-  Raw<Type> x;
-  if constexpr (Type == kF32) {
-    const uint4 wide = load_shared<uint4>(from);
-    x = Raw<Type>{{wide.x, wide.y, wide.z, wide.w}};
-  } else {
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "r"(from) : "memory");
-  }
-  return x;
-}
-template <int Type>
-ATTNKIT_DEVICE void store_raw(u32 to, const Raw<Type>& x) {
-  if constexpr (Type == kF32) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]) : "memory");
-  } else {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x.w[0]), "r"(x.w[1]) : "memory");
-  }
-}
-
 // One warp's part in the rows of its CTA. ``Shared`` has what its warps keep, and the rows behind it.
 template <int Type, int Warps, class Shared>
 struct Lead {

@@ -3,5 +3,5 @@
 
 extern "C" __global__ void __launch_bounds__(attnkit::sampling::kTopkThreads, 1)
     attnkit_sample_once(const __grid_constant__ attnkit::sampling::SampleParams params) {
-  attnkit::sampling::sample_once<ATTNKIT_TYPE>(params);
+  attnkit::sampling::sample_once<ATTNKIT_TYPE, ATTNKIT_PENALISED != 0>(params);
 }

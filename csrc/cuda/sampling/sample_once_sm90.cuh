@@ -1,12 +1,13 @@
-// A CTA a row, in one launch, without penalties: top-k up to 128 (with top-p and min-p if they come), and what other rows a batch has.
-// One read of the logits keeps the peaks of groups in shared memory; the row is drawn by them.
+// A CTA a row, in one launch: top-k up to 128 (with top-p and min-p if they come), and what other rows a batch has. One read of the
+// logits, and of what comes with them, keeps the peaks of groups in shared memory; the row is drawn by them.
 #pragma once
 #include "sample_arrive_sm90.cuh"
+#include "sample_counted_sm90.cuh"
 #include "sample_topk_sm90.cuh"
 
 namespace attnkit::sampling {
 
-static_assert(kTopkThreads == kArriveThreads);
+static_assert(kTopkThreads == kArriveThreads && kTopkThreads == kCountedThreads);
 static_assert(sizeof(TopkShared) <= sizeof(ArriveShared) + 4 * kBins);  // what arrival takes is the most
 
 // A warp's blocks of a row in turn, in parts: a block or half of one, so that a lane has as many bytes of either on their way.
@@ -43,24 +44,73 @@ struct OnceStream {
   }
 };
 
-// Keeps all peaks of a row; a thread's largest.
-template <int Type>
-ATTNKIT_DEVICE float keep_row(OnceStream<Type>& stream, Raw<Type>* peaks) {
-  float mine = negative_infinity();
+// What a row keeps its peaks by. First of all:
+template <int Type, bool Penalised>
+struct OnceRow {
+  static constexpr int kHeld = Type, kRing = 0;
+  OnceStream<Type> stream;
+
+  ATTNKIT_DEVICE OnceRow(const SampleParams& p, char*, int b) : stream{p, b} {}
+  // L2 may be asked before the grid before has ended: it stays coherent with who may still write.
+  ATTNKIT_DEVICE void ask_early() const { ask_block_l2<Type>(stream.p, stream.b, stream.block_of(0)); }
+  ATTNKIT_DEVICE void begin() { stream.load(0); }
+  ATTNKIT_DEVICE void leave() const {}
+  // Keeps all peaks; a thread's largest.
+  ATTNKIT_DEVICE float keep(Raw<Type>* peaks) {
+    float mine = negative_infinity();
 #pragma unroll 1
-  for (int round = 0; stream.has(round); ++round) {
-    const uint2 most = stream.peaks(mine);
-    stream.load(round + 1);
-    stream.keep(round, most, peaks);
+    for (int round = 0; stream.has(round); ++round) {
+      const uint2 most = stream.peaks(mine);
+      stream.load(round + 1);
+      stream.keep(round, most, peaks);
+    }
+    return mine;
   }
-  return mine;
+};
+
+// The same with penalties. What is on its way lies where other things will: nothing else is there until all peaks are kept, or all
+// have left.
+template <int Type>
+struct OnceRow<Type, true> {
+  static constexpr int kHeld = kF32, kRing = kCountedBytes<Type, false>;
+  const SampleParams& p;
+  const char* const memory;
+  const int first;
+  const bool plain;
+  CountedBegun begun;
+
+  ATTNKIT_DEVICE OnceRow(const SampleParams& q, char* ring, int b) : p(q), memory(ring), first(b * p.blocks), plain(only_counts(p)) {}
+  template <bool Plain>
+  ATTNKIT_DEVICE Counted<Type, false, Plain> blocks() const {
+    return Counted<Type, false, Plain>(p, memory, first + p.blocks);
+  }
+  ATTNKIT_DEVICE void ask_early() const {}
+  ATTNKIT_DEVICE void begin() {
+    const int n = first + static_cast<int>(threadIdx.x / 32);
+    begun = plain ? blocks<true>().begin(n) : blocks<false>().begin(n);
+  }
+  ATTNKIT_DEVICE void leave() const { copy_async_wait_all(); }
+  ATTNKIT_DEVICE float keep(Raw<kF32>* peaks) {
+    float4* const to = reinterpret_cast<float4*>(peaks);
+    const float mine = plain ? blocks<true>().run(begun, to, first) : blocks<false>().run(begun, to, first);
+    __syncthreads();
+    return mine;
+  }
+};
+
+// Where peaks lie: behind what the row's draw takes, and what brings them.
+template <int Type, bool Penalised, class Shared>
+ATTNKIT_DEVICE auto peaks_behind(char* memory) {
+  using Row = OnceRow<Type, Penalised>;
+  return reinterpret_cast<Raw<Row::kHeld>*>(memory + max(static_cast<int>(sizeof(Shared)), Row::kRing));
 }
 
 // A row of a longer top-k or of min-p: its tokens are listed if there is room.
-template <int Type>
+template <int Type, bool Penalised>
 struct LongRow {
+  static constexpr int kHeld = Penalised ? kF32 : Type;
   static constexpr int kMost = 8192;
-  // Shared memory; the peaks follow. Mirrors LONG_BYTES in attnkit/backends/cuda/builds/sampling.py.
+  // Shared memory. Mirrors LONG_BYTES in attnkit/backends/cuda/builds/sampling.py.
   struct alignas(16) Shared {
     AnyShared any;
     u64 keys[kMost];
@@ -70,8 +120,8 @@ struct LongRow {
   static_assert(sizeof(Shared) == 84192, "LONG_BYTES");
   const SampleParams& p;
   Shared& s;
-  const Raw<Type>* const peaks;
-  AnyRow<Type, false>& any;
+  const Raw<kHeld>* const peaks;
+  AnyRow<Type, Penalised>& any;
 
   // f(peak, number of its group) for all groups; every thread as often.
   template <class F>
@@ -79,7 +129,7 @@ struct LongRow {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i - any.lane < p.blocks * 32; i += kTopkThreads) {
       float x[4];
-      widen_four<Type>(i < p.blocks * 32 ? peaks[i] : load_four_guarded<Type>(nullptr, 0, 0), x);
+      widen_four<kHeld>(i < p.blocks * 32 ? peaks[i] : load_four_guarded<kHeld>(nullptr, 0, 0), x);
 #pragma unroll
       for (int u = 0; u < 4; ++u) f(x[u], (i / 32 * 4 + u) * 32 + i % 32);
     }
@@ -106,7 +156,7 @@ struct LongRow {
     for (int i = static_cast<int>(threadIdx.x); i < 4 * s.n_groups; i += kTopkThreads) {
       const int v = first_of_group(s.groups[i / 4]) + i % 4 * kChunk;
       float x[4];
-      load_chunk<Type, false>(x, any.r, any.o, v, p.V);
+      load_chunk<Type, Penalised>(x, any.r, any.o, v, p.V);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (!(x[j] >= from)) continue;
@@ -124,10 +174,10 @@ struct LongRow {
       // As many tokens as groups reach the k-th of their peaks.
       if (k <= kMost / 2 && k <= static_cast<u32>(p.blocks) * (kBlock / 16)) {
         const u64 last = any.find_last(k, 40, *this);
-        from = TopkRow<Type, false>::below(order_value(high_word(last)));
+        from = TopkRow<Type, Penalised>::below(order_value(high_word(last)));
       }
     } else {
-      from = TopkRow<Type, false>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
+      from = TopkRow<Type, Penalised>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
     }
     if (from > -kF32Max && collect(from)) any.list = s.keys, any.listed = s.n;
     return any.draw(k, options.share, options.ratio, top);
@@ -135,8 +185,9 @@ struct LongRow {
 };
 
 // A row that has no short top-k. A function of its own: what it keeps in registers is not the others'.
-template <int Type>
+template <int Type, bool Penalised>
 __device__ __noinline__ void draw_other(const SampleParams& p, char* memory, int b) {
+  using Long = LongRow<Type, Penalised>;
   const RawOptions raw(p, b);
   const TopkOptions options(p, b);
   const i64 k = option(p.top_k, p.top_k_value, b);
@@ -144,46 +195,46 @@ __device__ __noinline__ void draw_other(const SampleParams& p, char* memory, int
   __syncthreads();
   if (!counts && options.ratio <= 0.0f) {
     const int n = p.blocks * (kBlock / 16);
-    draw_by_arrival<Type, false>(p, ArriveMemory(memory, n), b, 1, 0, n);
+    draw_by_arrival<Type, Penalised>(p, ArriveMemory(memory, n), b, 1, 0, n);
     return;
   }
-  auto& s = *reinterpret_cast<typename LongRow<Type>::Shared*>(memory);
-  Raw<Type>* const peaks = reinterpret_cast<Raw<Type>*>(&s + 1);
-  OnceStream<Type> stream{p, b};
-  stream.load(0);
+  auto& s = *reinterpret_cast<typename Long::Shared*>(memory);
+  auto* const peaks = peaks_behind<Type, Penalised, typename Long::Shared>(memory);
+  OnceRow<Type, Penalised> row(p, memory, b);
+  row.begin();
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
-  AnyRow<Type, false> any{p, s.any, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
-  const float top = any.top_of(keep_row<Type>(stream, peaks));
+  AnyRow<Type, Penalised> any{p, s.any, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
+  const float top = any.top_of(row.keep(peaks));
   int id = -1;
-  if (top > negative_infinity()) id = LongRow<Type>{p, s, peaks, any}.draw(counts ? static_cast<u32>(k) : 0, options, top);
+  if (top > negative_infinity()) id = Long{p, s, peaks, any}.draw(counts ? static_cast<u32>(k) : 0, options, top);
   if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
 }
 
-template <int Type>
+template <int Type, bool Penalised>
 ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
-  using Row = TopkRow<Type, false>;
   TopkShared& s = *reinterpret_cast<TopkShared*>(memory);
-  Raw<Type>* const peaks = reinterpret_cast<Raw<Type>*>(&s + 1);
+  auto* const peaks = peaks_behind<Type, Penalised, TopkShared>(memory);
   const int b = static_cast<int>(blockIdx.x);
-  OnceStream<Type> stream{p, b};
-  // L2 may be asked before the grid before has ended: it stays coherent with who may still write.
-  ask_block_l2<Type>(p, b, stream.block_of(0));
-  s.open();
+  OnceRow<Type, Penalised> once(p, memory, b);
+  once.ask_early();
+  if constexpr (!Penalised) s.open();
   wait_for_previous_grid();
   launch_dependents();
   const RawOptions raw(p, b);
   const TopkOptions options(p, b);
-  stream.load(0);
+  once.begin();
   if (options.k == 0) {
-    draw_other<Type>(p, memory, b);
+    once.leave();
+    draw_other<Type, Penalised>(p, memory, b);
     return;
   }
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
-  Row row{p, s, r, o, options.k, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
-  const float mine = keep_row<Type>(stream, peaks);
+  TopkRow<Type, Penalised> row{p, s, r, o, options.k, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
+  const float mine = once.keep(peaks);
+  if constexpr (Penalised) s.open();
   row.collect(peaks, p.blocks * 32, row.find_bound(mine), mine);
   row.finish(options, b);
 }

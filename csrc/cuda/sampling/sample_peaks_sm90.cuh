@@ -1,44 +1,10 @@
 // The first of short top-k's two launches: one read of all logits keeps the largest of each group of 16 tokens, its peak. Blocks of
 // all rows are dealt out evenly.
 #pragma once
+#include "sample_counted_sm90.cuh"
 #include "sample_stream_sm90.cuh"
 
 namespace attnkit::sampling {
-
-template <int Type>
-struct PeakWork {
-  static constexpr bool kAhead = true;
-  const SampleParams& p;
-  RawOptions coming;
-  RowOptions o;
-  float* to = nullptr;  // four of a lane stand together
-  i64 top_k = 0;
-  int asked = -1, judged = -1;
-  bool wanted = true;
-
-  ATTNKIT_DEVICE explicit PeakWork(const SampleParams& q) : p(q) {}
-  ATTNKIT_DEVICE void ask(int b) {
-    coming = RawOptions(p, b);
-    if (p.listed != 0) top_k = option(p.top_k, p.top_k_value, b), asked = b;
-  }
-  ATTNKIT_DEVICE void begin(int b) {
-    o = coming.use();
-    to = p.peaks + static_cast<i64>(b) * p.blocks * (kBlock / 16) + lane_id() * 4;
-  }
-  ATTNKIT_DEVICE bool wants(int b) {
-    if (p.listed != 0 && b != judged) {
-      wanted = (b == asked ? listed_k(top_k, coming.t, p.V) : listed_k(p, b)) != 0;
-      judged = b;
-    }
-    return wanted;
-  }
-  ATTNKIT_DEVICE void block(int) {}
-  template <int Held>
-  ATTNKIT_DEVICE void piece(const Raw<Held> (&raw)[4], int number, int) {
-    to[number / 4 * (kBlock / 16) + number % 4] = peak_of<Held>(raw);
-  }
-  ATTNKIT_DEVICE void end(int, int) {}
-};
 
 // Without penalties: whole blocks, each asked for once the one before is done with. Whether a row is wanted comes with its logits.
 template <int Type>
@@ -75,8 +41,7 @@ ATTNKIT_DEVICE void sample_peaks(const SampleParams& p) {
   wait_for_previous_grid();
   launch_dependents();
   if constexpr (Penalised) {
-    PeakWork<Type> work(p);
-    stream_rows<Type, true>(p, work);
+    keep_counted<Type>(p);
   } else {
     keep_peaks<Type>(p);
   }

@@ -177,6 +177,27 @@ struct alignas(Type == kF32 ? 16 : 8) Raw {
   u32 w[Type == kF32 ? 4 : 2];
 };
 
+// The same in shared memory.
+template <int Type>
+ATTNKIT_DEVICE Raw<Type> load_raw(u32 from) {
+  Raw<Type> x;
+  if constexpr (Type == kF32) {
+    const uint4 wide = load_shared<uint4>(from);
+    x = Raw<Type>{{wide.x, wide.y, wide.z, wide.w}};
+  } else {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "r"(from) : "memory");
+  }
+  return x;
+}
+template <int Type>
+ATTNKIT_DEVICE void store_raw(u32 to, const Raw<Type>& x) {
+  if constexpr (Type == kF32) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]) : "memory");
+  } else {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x.w[0]), "r"(x.w[1]) : "memory");
+  }
+}
+
 // Four of a row's logits, one by one; -inf past the end.
 template <int Type>
 ATTNKIT_DEVICE Raw<Type> load_four_guarded(const char* row, int v, int V) {
@@ -258,6 +279,20 @@ ATTNKIT_DEVICE float divide(float x, float t, float reciprocal) {
 }
 
 // Penalties, bias and mask, each rounded by itself as the reference rounds. A raw NaN stays, one made here is -inf.
+ATTNKIT_DEVICE float penalised(float raw, int count, bool prompt, const RowOptions& o) {
+  const bool drawn = count > 0;
+  float y = fminf(raw, kF32Max);
+  const float repeated = y > 0.0f ? divide(y, o.repetition, o.rr) : __fmul_rn(y, o.repetition);
+  y = drawn || prompt ? repeated : y;
+  y = __fsub_rn(y, __fmul_rn(o.frequency, static_cast<float>(count)));
+  y = __fsub_rn(y, drawn ? o.presence : 0.0f);
+  return raw == raw ? (y == y ? y : negative_infinity()) : raw;
+}
+ATTNKIT_DEVICE float biased(float x, float bias) {
+  const float y = __fadd_rn(fminf(x, kF32Max), bias);
+  return x == x ? (y == y ? y : negative_infinity()) : x;
+}
+ATTNKIT_DEVICE float masked(float x, bool allowed) { return !allowed && x == x ? negative_infinity() : x; }
 ATTNKIT_DEVICE void penalise(float (&x)[4], const Extras& e, const RowPointers& r, const RowOptions& o, int v, int V) {
   u32 some = 0;
 #pragma unroll
@@ -269,29 +304,18 @@ ATTNKIT_DEVICE void penalise(float (&x)[4], const Extras& e, const RowPointers& 
   // One by one: they are few.
 #pragma unroll 1
   for (; some != 0; some &= some - 1) {
-    const int i = __ffs(some) - 1, count = one_of(e.counts, i);
-    const float raw = one_of(x, i);
-    const bool drawn = count > 0, seen = drawn || (e.prompt >> 8 * i & 0xff) != 0;
-    float y = fminf(raw, kF32Max);
-    const float repeated = y > 0.0f ? divide(y, o.repetition, o.rr) : __fmul_rn(y, o.repetition);
-    y = seen ? repeated : y;
-    y = __fsub_rn(y, __fmul_rn(o.frequency, static_cast<float>(count)));
-    y = __fsub_rn(y, drawn ? o.presence : 0.0f);
-    y = raw == raw ? (y == y ? y : negative_infinity()) : raw;
+    const int i = __ffs(some) - 1;
+    const float y = penalised(one_of(x, i), one_of(e.counts, i), (e.prompt >> 8 * i & 0xff) != 0, o);
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[j] = j == i ? y : x[j];
   }
   if (r.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float y = v + i < V ? __fadd_rn(fminf(x[i], kF32Max), *(reinterpret_cast<const float*>(r.bias) + v + i)) : x[i];
-      y = y == y ? y : negative_infinity();
-      x[i] = x[i] == x[i] ? y : x[i];
-    }
+    for (int i = 0; i < 4; ++i) x[i] = v + i < V ? biased(x[i], *(reinterpret_cast<const float*>(r.bias) + v + i)) : x[i];
   }
   if ((e.allowed & 15) != 15) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = (e.allowed >> i & 1) == 0 && x[i] == x[i] ? negative_infinity() : x[i];
+    for (int i = 0; i < 4; ++i) x[i] = masked(x[i], (e.allowed >> i & 1) != 0);
   }
 }
 

@@ -123,20 +123,6 @@ ATTNKIT_DEVICE void load_pieces(Raw<Type> (&raw)[Pieces][4], const SampleParams&
   }
 }
 
-// L2 asks for a piece's logits and counts.
-template <int Type>
-ATTNKIT_DEVICE void ask_l2(const SampleParams& p, int b, int first) {
-  constexpr int kItem = Type == kF32 ? 4 : 2;
-  const bool logits = lane_id() < 16;
-  const i64 v = first + static_cast<int>(lane_id() & 15) * 128 / (logits ? kItem : 4);
-  if (v >= p.V) return;
-  if (logits) {
-    prefetch_l2(p.logits + b * p.logits_b + v * kItem);
-  } else if (p.counts != nullptr) {
-    prefetch_l2(p.counts + b * p.counts_b + v * 4);
-  }
-}
-
 // L2 asks for a block's logits.
 template <int Type>
 ATTNKIT_DEVICE void ask_block_l2(const SampleParams& p, int b, int inside) {
@@ -161,42 +147,27 @@ ATTNKIT_DEVICE void ask_l2_early(const SampleParams& p) {
   if (lane == 1) prefetch_l2(p.seeds + b);
 }
 
-// What a warp does with a row that it wants: ask for its options, begin, block and its pieces (after penalties; their
-// number in the row and their place in the block), end with the number of blocks of the row that this warp took. With
-// penalties the next piece is on its way where there are registers for it (kAhead).
+// What a warp does with a row: ask for its options, begin, block and its pieces (after penalties; their
+// number in the row and their place in the block), end with the number of blocks of the row that this warp took.
 template <int Type, bool Penalised, class Work>
 ATTNKIT_DEVICE void stream_rows(const SampleParams& p, Work& work) {
   constexpr int kHeldType = Penalised ? kF32 : Type;
   const i64 all = static_cast<i64>(p.B) * p.blocks;
   const int end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
-  const auto wanted = [&](int n) {
-    while (n < end && !work.wants(n / p.blocks)) n += kSampleWarps;
-    return n;
-  };
-  int start = static_cast<int>(all * blockIdx.x / gridDim.x) + static_cast<int>(threadIdx.x / 32);
+  const int start = static_cast<int>(all * blockIdx.x / gridDim.x) + static_cast<int>(threadIdx.x / 32);
   if (start >= end) return;
   Spot<Type> spot(p, start, end);
   Raw<Type> raw[Penalised ? 1 : 4][4];
-  Fetched<Type, Penalised> fetched;
-  const auto first_of = [](const Spot<Type>& at) { return at.v + static_cast<int>(lane_id()) * 4; };
-#pragma unroll 1
-  while (true) {
-    work.ask(spot.b);  // before the queue is full of logits
-    if (!Penalised && spot.whole) {
+  work.ask(spot.b);  // before the queue is full of logits
+  if (!Penalised && spot.whole) {
 #pragma unroll
-      for (int u = 0; u < 4; ++u) spot.load(raw[Penalised ? 0 : u], u);
-    }
-    if (Work::kAhead) fetched.ask(row_pointers<Type>(p, spot.b), first_of(spot), p.V);
-    if (work.wants(spot.b)) break;  // the answer is on its way with the logits
-    start = wanted(start);
-    if (start >= end) return;
-    spot = Spot<Type>(p, start, end);
+    for (int u = 0; u < 4; ++u) spot.load(raw[Penalised ? 0 : u], u);
   }
   work.begin(spot.b);
   int taken = 0;
 #pragma unroll 1
   while (true) {
-    const Spot<Type> next(p, wanted(spot.block + kSampleWarps), end);
+    const Spot<Type> next(p, spot.block + kSampleWarps, end);
     const bool last = next.block >= end;
     if (!last && next.b != spot.b) work.ask(next.b);
     const int piece = spot.v / kPiece;
@@ -212,17 +183,11 @@ ATTNKIT_DEVICE void stream_rows(const SampleParams& p, Work& work) {
     } else {
       work.block(piece / 4);
       const RowPointers r = row_pointers<Type>(p, spot.b);
-      const int v = first_of(spot);
+      const int v = spot.v + static_cast<int>(lane_id()) * 4;
 #pragma unroll 1
       for (int u = 0; u < 4; ++u) {
         Raw<kHeldType> held[4];
-        if (!Work::kAhead) fetched.ask(r, v + u * kPiece, p.V);
-        fetched.use(held, r, work.o, v + u * kPiece, p.V);
-        if (Work::kAhead && (u < 3 || !last)) {
-          const bool same = u < 3;
-          fetched.ask(row_pointers<Type>(p, same ? spot.b : next.b), same ? v + (u + 1) * kPiece : first_of(next), p.V);
-        }
-        if (Work::kAhead && (u < 2 || !last)) ask_l2<Type>(p, u < 2 ? spot.b : next.b, (u < 2 ? spot.v : next.v) + (u + 2) % 4 * kPiece);
+        load_piece<Type, Penalised>(held, r, work.o, v + u * kPiece, p.V);
         work.template piece<kHeldType>(held, piece + u, u);
       }
       if (!Penalised && next.whole) {

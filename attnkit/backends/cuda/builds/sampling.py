@@ -14,6 +14,9 @@ GROUP = 16
 #: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
 STREAM_CTAS = 2
 TOPK_THREADS, TOPK_CTAS = 512, 2
+#: Threads of the kernels that read counts, one CTA a multiprocessor; pieces that each warp has on their way, and
+#: CountedSlot::kBytes in csrc/cuda/sampling/sample_counted_sm90.cuh, of 16-bit and of float32 logits, less what a bias takes.
+COUNTED_THREADS, COUNTED_SLOTS, COUNTED_BYTES, COUNTED_BIAS = 512, 2, (4096, 5120), 2048
 #: sizeof(LongRow::Shared) in csrc/cuda/sampling/sample_once_sm90.cuh, and the longest top-k whose tokens it lists.
 LONG_BYTES, MOST_LONG = 84192, 4096
 #: Threads of the ring and the flow kernel, sizeof(RingShared) and sizeof(FlowShared) in csrc/cuda/sampling, and sizeof(LeadRow)
@@ -30,10 +33,16 @@ CUT_BYTES, CUT_ROOM = 20944, 46
 MOST_PARTS, MOST_BLOCKS = 8, 448
 #: Fewer rows are read sooner by other kernels; 16-bit and float32 where a CTA has a row of any top-k.
 LEAST_CUT_ROWS, LEAST_AT_ONCE = 16, (24, 48)
+#: With penalties a row more is wanted for each of so many tokens beyond the first; from where on rows may be more than
+#: multiprocessors.
+COUNTED_FREE, COUNTED_ROW, COUNTED_MANY = 32768, 2400, 65536
 #: Threads of the kernel for top-p alone, which has a multiprocessor to itself; sizeof(ArriveShared) in
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
 ARRIVE_THREADS, ARRIVE_BYTES = 512, 7440 + 4 * 16384
 MOST_LOCAL = (227 * 1024 - ARRIVE_BYTES) // (10 * BLOCK // GROUP) * (BLOCK // GROUP)
+#: Threads of the kernel for top-p alone over bf16, sizeof(TallyShared) in csrc/cuda/sampling/sample_tally_sm90.cuh, bytes of a
+#: slot there and slots of a row at the most, and how many rows make that kernel the sooner.
+TALLY_THREADS, TALLY_BYTES, SLOT_BYTES, MOST_SLOTS, LEAST_TALLIED = 1024, 30368, 8192, 64, 24
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
@@ -83,19 +92,29 @@ def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
     return first, variant("sampling/sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
 
 
-def once(kind: int) -> Variant:
-    """csrc/cuda/sampling/sample_once_sm90.cu: the same in one launch, without penalties."""
-    return variant("sampling/sample_once_sm90.cu", {"ATTNKIT_TYPE": kind})
+def counted_bytes(kind: int, biased: bool) -> int:
+    """What a CTA's warps have on their way with penalties."""
+    return COUNTED_THREADS // 32 * COUNTED_SLOTS * (COUNTED_BYTES[kind == F32] + biased * COUNTED_BIAS)
 
 
-def fits_at_once(kind: int, B: int, V: int, sms: int) -> bool:
-    """Whether that one is the sooner: not too few rows, a multiprocessor for each, which holds any row's groups."""
-    return LEAST_AT_ONCE[kind == F32] <= B <= sms and groups(V) <= MOST_LOCAL
+def once(kind: int, penalised: bool) -> Variant:
+    """csrc/cuda/sampling/sample_once_sm90.cu: the same in one launch."""
+    return variant("sampling/sample_once_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)})
 
 
-def at_once_bytes(V: int) -> int:
-    """Shared memory: what a row by arrival takes, or one of a longer top-k; a short one takes less."""
-    return max(arrive_bytes(V, 1), LONG_BYTES + 4 * groups(V), LEAD_ALONE)
+def fits_at_once(kind: int, penalised: bool, B: int, V: int, sms: int) -> bool:
+    """Whether that one is the sooner: not too few rows, a multiprocessor for each, which holds any row's groups. With penalties
+    also more rows of a large vocabulary, where few multiprocessors wait for the last of them."""
+    least = max(1, (V - COUNTED_FREE) // COUNTED_ROW) if penalised else LEAST_AT_ONCE[kind == F32]
+    rounds = -(-B // sms)
+    busy = rounds == 1 or (penalised and V > COUNTED_MANY and 5 * B >= 4 * sms * rounds)
+    return least <= B and busy and groups(V) <= MOST_LOCAL
+
+
+def at_once_bytes(kind: int, penalised: bool, V: int) -> int:
+    """Shared memory: what a row by arrival takes, or one of a longer top-k, or what brings its peaks; a short one less."""
+    ring = counted_bytes(kind, False) if penalised else 0
+    return max(arrive_bytes(V, 1), max(LONG_BYTES, ring) + 4 * groups(V), LEAD_ALONE)
 
 
 def top_p(kind: int, penalised: bool) -> Variant:
@@ -124,6 +143,25 @@ def arrive_bytes(V: int, parts: int) -> int:
     """Shared memory of the CTA with the most blocks."""
     blocks = -(-groups(V) // (BLOCK // GROUP) // parts)
     return ARRIVE_BYTES + 10 * (BLOCK // GROUP) * blocks
+
+
+def tally() -> Variant:
+    """csrc/cuda/sampling/sample_tally_sm90.cu: the same of bf16 logits, a multiprocessor a row."""
+    return variant("sampling/sample_tally_sm90.cu", {})
+
+
+def fits_tally(B: int, V: int) -> bool:
+    """Whether that one is the sooner: not too few rows, in whole 16 bytes, that arrival holds if one is left open."""
+    return B >= LEAST_TALLIED and V % 8 == 0 and groups(V) <= MOST_LOCAL and 2 * V <= SLOT_BYTES * MOST_SLOTS
+
+
+def tally_slots(V: int) -> int:
+    """Slots of a row that find room in shared memory."""
+    return min(-(-2 * V // SLOT_BYTES), (227 * 1024 - TALLY_BYTES - 2 * groups(V)) // SLOT_BYTES)
+
+
+def tally_bytes(V: int) -> int:
+    return max(TALLY_BYTES + 2 * groups(V) + SLOT_BYTES * tally_slots(V), arrive_bytes(V, 1), LEAD_ALONE)
 
 
 def filters(kind: int, penalised: bool, ctas: int) -> Variant:
@@ -185,5 +223,5 @@ def shipped() -> list[Variant]:
     cuts += [cut(kind, penalised) for kind in kinds for penalised in (False, True)]
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
-    at_once = [once(kind) for kind in kinds]
-    return [ring(), flow(BF16), *draws, *cuts, *at_once, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]
+    at_once = [once(kind, penalised) for kind in kinds for penalised in (False, True)]
+    return [ring(), flow(BF16), tally(), *draws, *cuts, *at_once, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]

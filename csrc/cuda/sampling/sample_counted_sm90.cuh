@@ -1,0 +1,335 @@
+// Peaks of rows with penalties, bias or a mask: one read of the logits and of what comes with them. Asynchronous copies bring all of
+// it into shared memory, where each of many warps has pieces on their way; a lane copies what it will read itself, so nobody waits for
+// another. The few tokens with a count or in the prompt are taken out of their group one by one, and the rest as it is.
+#pragma once
+#include "sample_group_sm90.cuh"
+
+namespace attnkit::sampling {
+
+// One CTA a multiprocessor; pieces that a warp has on their way.
+constexpr int kCountedWarps = 16, kCountedThreads = 32 * kCountedWarps, kCountedSlots = 2;
+
+// A piece in shared memory: four chunks of each, a lane's four tokens of a chunk together. Mirrors COUNTED_BYTES in
+// attnkit/backends/cuda/builds/sampling.py.
+template <int Type, bool Biased>
+struct CountedSlot {
+  static constexpr u32 kItem = Type == kF32 ? 4 : 2;
+  static constexpr u32 kLogits = kPiece * 4, kPrompt = kLogits + kPiece * kItem, kAllowed = kPrompt + kPiece, kBias = kAllowed + 4 * kChunk,
+                       kBytes = kBias + (Biased ? kPiece * 4 : 0);
+};
+static_assert(CountedSlot<kBf16, false>::kBytes == 4096 && CountedSlot<kF32, false>::kBytes == 5120, "COUNTED_BYTES");
+static_assert(CountedSlot<kBf16, true>::kBytes == 4096 + 2048, "COUNTED_BIAS");
+template <int Type, bool Biased>
+constexpr int kCountedBytes = kCountedWarps * kCountedSlots * static_cast<int>(CountedSlot<Type, Biased>::kBytes);
+
+// Bytes on their way to where only this thread reads; of a word zeros where it is not ``there``.
+template <int Bytes>
+ATTNKIT_DEVICE void copy_own(u32 to, const char* from) {
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(Bytes) : "memory");
+  }
+}
+ATTNKIT_DEVICE void copy_word(u32 to, const char* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
+}
+template <int Bytes, int Step>
+ATTNKIT_DEVICE void copy_chunks(u32 to, const char* from) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) copy_own<Bytes>(to + c * 32 * Bytes, from + c * Step);
+}
+
+// What was copied.
+ATTNKIT_DEVICE u32 shared_word(u32 from) {
+  u32 x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
+ATTNKIT_DEVICE u32 shared_byte(u32 from) {
+  u32 x;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
+// A logit, which is -inf there from then on.
+template <int Type>
+ATTNKIT_DEVICE float take_logit(u32 from) {
+  if constexpr (Type == kF32) {
+    const u32 x = shared_word(from);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(from), "r"(0xff800000u) : "memory");
+    return __uint_as_float(x);
+  } else {
+    u16 x;
+    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(from), "h"(static_cast<u16>(Type == kBf16 ? 0xff80 : 0xfc00)) : "memory");
+    return unpack(x, Type == kBf16).x;
+  }
+}
+
+// The same number, of which the compiler does not know how to work it out again.
+ATTNKIT_DEVICE float kept(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+ATTNKIT_DEVICE u32 kept(u32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// What a row's penalties are.
+struct Rates {
+  float repetition, presence, frequency;
+
+  ATTNKIT_DEVICE Rates() {}
+  ATTNKIT_DEVICE Rates(const SampleParams& p, int b)
+      : repetition(option(p.repetition, p.repetition_value, b)),
+        presence(option(p.presence, p.presence_value, b)),
+        frequency(option(p.frequency, p.frequency_value, b)) {}
+  ATTNKIT_DEVICE void use(RowOptions& o) const {
+    o.repetition = repetition;
+    o.rr = kept(__fdiv_rn(1.0f, repetition));
+    o.presence = presence;
+    o.frequency = frequency;
+  }
+};
+
+// The next piece that a lane asks for, of row b; its own tokens are those from v on.
+struct CountedPiece {
+  const char *logits, *counts;
+  int b, v;
+  bool there = false, wide;  // whether there is one; four neighbours can be copied at once
+};
+
+// A block, and the row it is of.
+struct CountedSpot {
+  int n, b;
+};
+
+// What a warp has under way.
+struct CountedBegun {
+  CountedSpot at;
+  Rates coming;
+  CountedPiece piece;
+};
+
+// One warp's part: blocks up to ``end``, one in as many as there are warps. Plain: counts come, nothing else does.
+template <int Type, bool Biased, bool Plain>
+struct Counted {
+  using Slot = CountedSlot<Type, Biased>;
+  static constexpr int kItem = Slot::kItem;
+  const SampleParams& p;
+  const u32 slots;  // this lane's part, as of counts
+  const int end;
+  const int lane = static_cast<int>(lane_id());
+
+  ATTNKIT_DEVICE Counted(const SampleParams& q, const char* memory, int last)
+      : p(q), slots(kept(smem_address(memory) + threadIdx.x / 32 * kCountedSlots * Slot::kBytes + lane_id() * 16)), end(last) {}
+
+  ATTNKIT_DEVICE bool counts() const { return Plain || p.counts != nullptr; }
+  ATTNKIT_DEVICE bool prompt() const { return !Plain && p.prompt != nullptr; }
+  ATTNKIT_DEVICE bool allowed() const { return !Plain && p.allowed != nullptr; }
+  ATTNKIT_DEVICE bool bias() const { return !Plain && Biased && p.bias != nullptr; }
+  // Where a lane has its part of each in a slot.
+  ATTNKIT_DEVICE u32 logits_in(u32 slot) const { return slot + Slot::kLogits - lane * (16 - 4 * kItem); }
+  ATTNKIT_DEVICE u32 prompt_in(u32 slot) const { return slot + Slot::kPrompt - lane * 12; }
+  ATTNKIT_DEVICE u32 allowed_in(u32 slot) const { return slot + Slot::kAllowed - lane * 12; }
+
+  // ---- blocks ----
+
+  // The first of the warp's from n on, at or after row b, whose row is wanted; ``known`` is.
+  ATTNKIT_DEVICE CountedSpot wanted_from(int n, int b, int known) const {
+    bool wanted = true;
+#pragma unroll 1
+    for (; n < end; n += kCountedWarps) {
+      while (n >= (b + 1) * p.blocks) ++b;
+      if (p.listed != 0 && b != known) wanted = listed_k(p, b) != 0, known = b;
+      if (wanted) break;
+    }
+    return {n, b};
+  }
+  ATTNKIT_DEVICE CountedPiece first_of(const CountedSpot& at) const {
+    CountedPiece piece;
+    if (at.n >= end) return piece;
+    const RowPointers r = row_pointers<Type>(p, at.b);
+    piece.b = at.b, piece.v = (at.n - at.b * p.blocks) * kBlock + lane * 4, piece.there = true;
+    piece.logits = r.logits + static_cast<i64>(piece.v) * kItem;
+    piece.counts = r.counts + static_cast<i64>(piece.v) * 4;
+    piece.wide = r.logits_wide && r.wide && (!bias() || (reinterpret_cast<u64>(r.bias) & 15) == 0);
+    return piece;
+  }
+
+  // ---- reading ----
+
+  ATTNKIT_DEVICE void ask(CountedPiece& piece, u32 slot) const {
+    if (piece.there) {
+      if (piece.wide && piece.v - lane * 4 + kPiece <= p.V) {
+        copy_chunks<4 * kItem, kChunk * kItem>(logits_in(slot), piece.logits);
+        if (counts()) copy_chunks<16, kChunk * 4>(slot, piece.counts);
+        if (prompt()) copy_chunks<4, kChunk>(prompt_in(slot), p.prompt + piece.b * p.prompt_b + piece.v);
+        if (allowed()) copy_chunks<4, kChunk / 8>(allowed_in(slot), p.allowed + piece.b * p.allowed_b + piece.v / 32 * 4);
+        if (bias()) copy_chunks<16, kChunk * 4>(slot + Slot::kBias, p.bias + piece.b * p.bias_b + static_cast<i64>(piece.v) * 4);
+      } else {
+        ask_with_care(piece, slot);
+      }
+      piece.logits += kPiece * kItem, piece.counts += kPiece * 4, piece.v += kPiece;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+  // Token by token: the end of a row, past which nothing has a count, and rows at odd addresses.
+  ATTNKIT_DEVICE void ask_with_care(const CountedPiece& piece, u32 slot) const {
+    const int left = p.V - piece.v;
+    Raw<Type> raw[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) raw[c] = load_four_guarded<Type>(piece.logits, c * kChunk, left);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) store_raw<Type>(logits_in(slot) + c * kChunk * kItem, raw[c]);
+#pragma unroll 1
+    for (int c = 0; c < 4; ++c) {
+      u32 four = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int v = piece.v + c * kChunk + i;
+        const bool there = v < p.V;
+        const i64 at = there ? v : 0;
+        if (counts()) copy_word(slot + c * 512 + i * 4, p.counts + piece.b * p.counts_b + at * 4, there);
+        if (bias()) copy_word(slot + Slot::kBias + c * 512 + i * 4, p.bias + piece.b * p.bias_b + at * 4, there);
+        if (prompt() && there) four |= static_cast<u32>(*reinterpret_cast<const u8*>(p.prompt + piece.b * p.prompt_b + at)) << 8 * i;
+      }
+      if (prompt()) asm volatile("st.shared.b32 [%0], %1;" ::"r"(prompt_in(slot) + c * kChunk), "r"(four) : "memory");
+      const int v = piece.v + c * kChunk;
+      if (allowed()) copy_word(allowed_in(slot) + c * kChunk, p.allowed + piece.b * p.allowed_b + (v < p.V ? v / 32 * 4 : 0), v < p.V);
+    }
+  }
+
+  // ---- peaks ----
+
+  // A bit for each of a lane's 16 that has a count or is in the prompt.
+  ATTNKIT_DEVICE u32 seen_in(u32 slot) const {
+    u32 seen = 0;
+    if (counts()) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const uint4 n = load_shared<uint4>(slot + c * 512);
+        seen |= (n.x != 0 ? 1u << 4 * c : 0) | (n.y != 0 ? 2u << 4 * c : 0) | (n.z != 0 ? 4u << 4 * c : 0) | (n.w != 0 ? 8u << 4 * c : 0);
+      }
+    }
+    if (prompt()) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const u32 four = shared_word(prompt_in(slot) + c * kChunk);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) seen |= (four >> 8 * i & 0xff) != 0 ? 1u << (4 * c + i) : 0;
+      }
+    }
+    return seen;
+  }
+
+  // Whether the four tokens of a chunk are allowed, a bit each.
+  ATTNKIT_DEVICE u32 allowed_four(u32 slot, u32 c) const { return shared_word(allowed_in(slot) + c * kChunk) >> (lane & 7) * 4; }
+
+  // The largest of a lane's tokens with a count or in the prompt, which are -inf in the slot from then on.
+  ATTNKIT_DEVICE float peak_of_seen(u32 slot, const RowOptions& o) const {
+    float most = negative_infinity();
+#pragma unroll 1
+    for (u32 seen = seen_in(slot); seen != 0; seen &= seen - 1) {
+      const u32 i = __ffs(seen) - 1, at = (i & 12) * kChunk + (i & 3) * 4;
+      const int count = counts() ? static_cast<int>(shared_word(slot + at)) : 0;
+      const bool in_prompt = prompt() && shared_byte(prompt_in(slot) + at / 4) != 0;
+      float x = penalised(take_logit<Type>(logits_in(slot) + at * kItem / 4), count, in_prompt, o);
+      if (bias()) x = biased(x, __uint_as_float(shared_word(slot + Slot::kBias + at)));
+      if (allowed()) x = masked(x, (allowed_four(slot, i / 4) >> (i & 3) & 1) != 0);
+      most = max_nan(most, x);
+    }
+    return most;
+  }
+
+  // The largest of a lane's 16 after penalties, bias and mask.
+  ATTNKIT_DEVICE float peak(u32 slot, const RowOptions& o) const {
+    float most = peak_of_seen(slot, o);
+    Raw<Type> raw[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) raw[c] = load_raw<Type>(logits_in(slot) + c * kChunk * kItem);
+    if (!bias() && !allowed()) return max_nan(most, peak_of<Type>(raw));
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float x[4];
+      widen_four<Type>(raw[c], x);
+      if (bias()) {
+        const float4 more = load_shared<float4>(slot + Slot::kBias + c * 512);
+        x[0] = biased(x[0], more.x), x[1] = biased(x[1], more.y), x[2] = biased(x[2], more.z), x[3] = biased(x[3], more.w);
+      }
+      const u32 bits = allowed() ? allowed_four(slot, c) : 15;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) most = max_nan(most, masked(x[i], (bits >> i & 1) != 0));
+    }
+    return most;
+  }
+
+  // ---- all of it ----
+
+  ATTNKIT_DEVICE CountedBegun begin(int first) const {
+    const CountedSpot at = wanted_from(first, first / p.blocks, -1);
+    CountedBegun begun{at, Rates(p, min(at.b, p.B - 1)), first_of(at)};
+#pragma unroll 1
+    for (u32 u = 0; u < kCountedSlots; ++u) ask(begun.piece, slots + u * Slot::kBytes);
+    return begun;
+  }
+
+  // Keeps the peaks of all blocks; ``to``: from block ``origin`` on. The largest of a lane.
+  ATTNKIT_DEVICE float run(CountedBegun& begun, float4* to, int origin) const {
+    auto& [at, coming, piece] = begun;
+    float most = negative_infinity();
+    u32 slot = slots;
+    RowOptions o;
+    coming.use(o);
+#pragma unroll 1
+    while (at.n < end) {
+      const CountedSpot next = wanted_from(at.n + kCountedWarps, at.b, at.b);
+      float peaks[4];
+#pragma unroll 1
+      for (int u = 0; u < 4; ++u) {
+        if (u == 4 - kCountedSlots) {
+          piece = first_of(next);
+          if (next.n < end && next.b != at.b) coming = Rates(p, next.b);
+        }
+        asm volatile("cp.async.wait_group %0;" ::"n"(kCountedSlots - 1) : "memory");
+        peaks[0] = peaks[1], peaks[1] = peaks[2], peaks[2] = peaks[3];
+        peaks[3] = peak(slot, o);
+        ask(piece, slot);
+        slot = slot == slots ? slots + Slot::kBytes : slots;
+      }
+      to[static_cast<i64>(at.n - origin) * 32 + lane] = make_float4(peaks[0], peaks[1], peaks[2], peaks[3]);
+      most = max_nan(most, max_nan(max_nan(peaks[0], peaks[1]), max_nan(peaks[2], peaks[3])));
+      if (next.b != at.b) coming.use(o);
+      at = next;
+    }
+    return most;
+  }
+};
+
+ATTNKIT_DEVICE bool only_counts(const SampleParams& p) {
+  return p.counts != nullptr && p.prompt == nullptr && p.allowed == nullptr && p.bias == nullptr;
+}
+
+// Blocks of all rows, dealt out evenly.
+template <int Type, bool Plain>
+ATTNKIT_DEVICE void keep_counted(const SampleParams& p, const char* memory) {
+  const i64 all = static_cast<i64>(p.B) * p.blocks;
+  const int first = static_cast<int>(all * blockIdx.x / gridDim.x), end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
+  const Counted<Type, true, Plain> counted(p, memory, end);
+  auto begun = counted.begin(first + static_cast<int>(threadIdx.x / 32));
+  counted.run(begun, reinterpret_cast<float4*>(p.peaks), 0);
+}
+
+template <int Type>
+ATTNKIT_DEVICE void keep_counted(const SampleParams& p) {
+  extern __shared__ __align__(128) char memory[];
+  if (only_counts(p)) {
+    keep_counted<Type, true>(p, memory);
+  } else {
+    keep_counted<Type, false>(p, memory);
+  }
+}
+
+}  // namespace attnkit::sampling

@@ -1,0 +1,107 @@
+"""Top-p alone over bf16, a multiprocessor a row: tokens counted by value, rows partly in shared memory, equals at top-p's end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnkit
+from attnkit.backends.cuda.builds import sampling as builds
+from attnkit.sampling import KERNELS
+from tests.kernels import every
+from tests.test_sampling_large import both, chooser, normal
+from tests.test_sampling_once import odd_rows
+
+CUDA = [p for p in every(KERNELS) if p.id == "cuda_sm90"]
+gpu = pytest.mark.gpu
+BF16 = torch.bfloat16
+#: Less than a piece, ends in a piece and in a slot, rows that stay in shared memory and rows of which a part does; nearly the longest.
+VOCABULARIES = [8, 520, 4096, 32000, 50264, 90112, 131072, 151936, 250000]
+
+
+def test_what_is_tallied():
+    least = builds.LEAST_TALLIED
+    assert [builds.fits_tally(B, 131072) for B in (1, least - 1, least, 300)] == [False, False, True, True]
+    assert not builds.fits_tally(100, 50257) and not builds.fits_tally(100, 262144)
+    for V in VOCABULARIES:
+        assert builds.fits_tally(100, V) and builds.tally_bytes(V) <= 227 * 1024
+        slots = -(-2 * V // builds.SLOT_BYTES)
+        assert builds.tally_slots(V) == slots or builds.tally_slots(V) > 16  # more than are on their way (kAheadSlots)
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_rows_of_all_kinds(V, impl, device):
+    """Ties, staircases, masks, +inf, NaN, one token alone, none, wide and far rows; options from tensors, p from next to none to all."""
+    B, one_of = 120, chooser(120)
+    o = {"temperature": one_of(1.0, 0.7, 1.5, 9.0, 0.0, 0.05), "top_p": one_of(1.0, 0.9, 0.5, 0.1, 0.99, 0.05, 0.02, 0.0)}
+    got, want = both(odd_rows(B, V, BF16), impl, seed=V, **o)
+    assert torch.equal(got.valid, want.valid)
+    assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("p", [0.06, 0.1, 0.35, 0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.1, 10.0])
+def test_normal_rows(spread, p, impl, device):
+    for seed, shift in enumerate((0.0, -40.0, 40.0)):
+        x = (normal(70, 131072, torch.float32, seed=seed) * (spread / 3) + shift).to(BF16)
+        got, want = both(x, impl, seed=seed, top_p=p)
+        assert got.valid.all()
+        assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("V", [32000, 131072, 151936])
+def test_equals_at_the_end_of_top_p(V, impl, device):
+    """Which of many equal tokens are kept is a matter of ids: in what stayed in shared memory, and in what did not."""
+    g = torch.Generator(device="cuda").manual_seed(V)
+    for values in ((2.0, 1.0), (5.0, 3.0, 0.0), (-1.0, -2.0, -8.0), (0.0, -0.0)):
+        x = torch.tensor(values, device="cuda")[torch.randint(0, len(values), (66, V), generator=g, device="cuda")].to(BF16)
+        got, want = both(x, impl, seed=V, top_p=chooser(66)(0.3, 0.5, 0.7, 0.9))
+        assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+def test_few_large_logits_anywhere(impl, device):
+    """A warp's first tokens say nothing of those to come: masked, low, or far below a few in one place."""
+    V = 131072
+    for seed in range(4):
+        x = normal(80, V, torch.float32, seed=seed) - 4
+        x[::4, : V // 2] = -float("inf")
+        x[1::4, : 7 * V // 8] = -1e4
+        x[2::4, V - 300 :] += 14
+        x[3::4, 60_000 + seed] = 19
+        got, want = both(x.to(BF16), impl, seed=seed, top_p=0.9)
+        assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+def test_options_of_one_launch_after_another(impl, device):
+    """Seeds and options that the kernel before has just written: the row goes by what they are now. Rows that lie apart; replays."""
+    x = normal(80, 65536 + 64, BF16, seed=5)[:, :65536]
+    seeds, p, t = (torch.zeros(80, dtype=kind, device="cuda") for kind in (torch.int64, torch.float32, torch.float32))
+    outs, wants = [], []
+    for i in range(30):
+        seeds.copy_(torch.arange(80, device="cuda") + 1000 * i), p.fill_(0.9 if i % 2 else 0.5), t.fill_(1.0 + i % 3)
+        outs.append(attnkit.sample(x, seed=seeds, top_p=p, temperature=t, impl=impl).tokens)
+        wants.append(attnkit.sample(x, seed=seeds, top_p=p, temperature=t, impl="torch").tokens)
+    assert (torch.stack(outs) != torch.stack(wants)).sum() <= 2
+    again = [attnkit.sample(x, seed=seeds, top_p=p, temperature=t, impl=impl).tokens for _ in range(50)]
+    assert all(torch.equal(one, outs[-1]) for one in again)
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_logits_that_temperature_lifts_beyond_all_floats(dtype, impl, device):
+    """Many are equal then, and weigh nothing beside the largest as this kernel weighs them: it ends, with one of them."""
+    x = (normal(48, 33000, torch.float32, seed=2) * 1e36).to(dtype)
+    got = attnkit.sample(x, seed=1, top_p=0.01, temperature=1e-3, impl=impl)
+    assert got.valid.all()
+    assert (x.gather(1, got.tokens[:, None]) > 1e35).all()
