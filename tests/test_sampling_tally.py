@@ -81,6 +81,16 @@ def test_few_large_logits_anywhere(impl, device):
 
 
 @gpu
+@pytest.mark.xfail(reason="what lies beyond the counters is refused; docs/hopper/sampling_gaps.md says what mends it", strict=False)
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
+def test_logits_beyond_the_counters(p, impl, device):
+    x = (normal(64, 131072, torch.float32, seed=4) * 100).to(BF16)
+    got, want = both(x, impl, seed=4, top_p=p, temperature=300.0)
+    assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
 @pytest.mark.parametrize(("impl", "device"), CUDA)
 def test_options_of_one_launch_after_another(impl, device):
     """Seeds and options that the kernel before has just written: the row goes by what they are now. Rows that lie apart; replays."""
