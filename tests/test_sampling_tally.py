@@ -81,7 +81,9 @@ def test_few_large_logits_anywhere(impl, device):
 
 
 @gpu
-@pytest.mark.xfail(reason="what lies beyond the counters is refused; docs/hopper/sampling_gaps.md says what mends it", strict=False)
+@pytest.mark.xfail(
+    reason="what lies beyond the counters is refused; docs/hopper/sampling_gaps.md says what mends it", strict=False
+)
 @pytest.mark.parametrize(("impl", "device"), CUDA)
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
 def test_logits_beyond_the_counters(p, impl, device):
