@@ -88,9 +88,13 @@ def _roofs(roofs: dict[str, float]) -> str:
     return f"{roofs['read_gbs'] / 1e3:.2f} TB/s read, {roofs['bf16_tflops']:.0f} TFLOP/s bf16, {roofs['int8_tflops']:.0f} TOP/s int8"
 
 
-def _listed(families: list[str]) -> str:
-    *most, last = [FAMILIES.get(f, f) for f in families]
-    return f"{', '.join(most)} and {last}" if most else last
+def _earlier(receipt: dict[str, Any]) -> list[str]:
+    """Of which families rows are of earlier runs, with other roofs."""
+    runs: dict[str, list[str]] = {}
+    for family, of in receipt.get("families", {}).items():
+        if of["roofs"] != receipt["roofs"]:
+            runs.setdefault(_roofs(of["roofs"]), []).append(FAMILIES.get(family, family))
+    return [f"Rows of {', '.join(names)} are of an earlier run: {roofs}." for roofs, names in runs.items()]
 
 
 def table(receipt: dict[str, Any]) -> str:
@@ -100,10 +104,7 @@ def table(receipt: dict[str, Any]) -> str:
         f"One {gpu}, each case in turn with the best peer that was there (FlashAttention-3, FlashInfer, FlashMLA, vLLM's",
         "CUTLASS and quantising kernels, torch), by CUDA-graph replay over rotated buffers; roofs measured in the same run:",
         f"{_roofs(roofs)}. `x` above 1 is faster than every peer.",
-        *(
-            f"Rows of {_listed(run['families'])} are of an earlier run: {_roofs(run['roofs'])}."
-            for run in receipt.get("earlier", [])
-        ),
+        *_earlier(receipt),
         f"All {len(receipt['rows'])} rows: [perf/results](perf/results/{receipt['gpu']}.json).",
         "",
         "| case | kernel | us | rate | of the roof | best peer | x |",

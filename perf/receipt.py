@@ -34,7 +34,7 @@ SUFFIXES = frozenset({".so", ".pyc", ".pyd", ".o", ".tmp", ".lock", ".corrupt", 
 
 #: The rooms of CUDA code that a family runs. What is of no room is of all families.
 RUNS = {
-    "prefill": {"prefill"}, "decode": {"decode"}, "mla": {"mla", "decode", "prefill"}, "gemm": {"gemm", "quantize"},
+    "prefill": {"prefill", "decode"}, "decode": {"decode"}, "mla": {"mla", "decode", "prefill"}, "gemm": {"gemm", "quantize"},
     "sampling": {"sampling"}, "hidden": {"hidden", "sampling"}, "cache": {"cache"},
 }  # fmt: skip
 ROOMS = frozenset().union(*RUNS.values())
@@ -102,7 +102,11 @@ STEPS = ("sanitizer", "tests", "perf")
 STRESS = "tests/test_stress.py"
 
 
-def run_steps(steps: Sequence[str], first: bool = False) -> None:
+#: What the perf step always runs: they are of all the code.
+WHOLE = ("calls", "engine")
+
+
+def run_steps(steps: Sequence[str], first: bool = False, families: Sequence[str] = tuple(RUNS)) -> None:
     """Run what is asked for into perf/out, anew; failures end up in the JUnit files.
 
     Each family is timed in a process of its own: one that loses the device costs no other's rows.
@@ -120,9 +124,9 @@ def run_steps(steps: Sequence[str], first: bool = False) -> None:
         _pytest("tests", ["tests", "--ignore", STRESS, *common], alone)
         _pytest("stress", [STRESS, *common], alone)
     if "perf" in steps:
-        for path in sorted((ROOT / "perf").glob("bench_*.py")):
-            options = ["--benchmark", "--append", *(["--first"] if first else [])]
-            _pytest(f"perf-{path.stem.removeprefix('bench_')}", [f"perf/{path.name}", *options])
+        options = ["--benchmark", "--append", *(["--first"] if first else [])]
+        for name in sorted({*families, *WHOLE}):
+            _pytest(f"perf-{name}", [f"perf/bench_{name}.py", *options])
 
 
 #: The files under perf/out that each step makes.
@@ -154,7 +158,9 @@ def build(run: Path, junit: Sequence[Path], root: Path = ROOT) -> dict[str, Any]
         raise Refused(f"no JUnit files under {OUT}; run the tests with --junitxml={OUT}/tests.xml first")
     keys = ("source", "gpu", "versions", "roofs")
     rest = {k: data.get(k, []) for k in ("rows", "engine", "notes")} | {"calls": data.get("calls", {})}
-    families = {f: source_hash(root, f) for f in sorted({row["family"] for row in rest["rows"]} & RUNS.keys())}
+    families = {
+        f: {"source": source_hash(root, f), "roofs": data["roofs"]} for f in sorted({r["family"] for r in rest["rows"]})
+    }
     return {
         **{k: data[k] for k in keys}, "families": families, "tests": counts(junit),
         **_sanitizer(run.parent / SANITIZER, source), **rest,
@@ -162,27 +168,13 @@ def build(run: Path, junit: Sequence[Path], root: Path = ROOT) -> dict[str, Any]
 
 
 def kept(receipt: dict[str, Any], before: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
-    """``receipt`` with rows of the one before it: of families that it has not timed, and that run what they ran then.
-
-    "earlier" has the runs that these are of: which families, the code and the roofs.
-    """
+    """``receipt`` with rows of the one before it: of families that it has not timed, and that run what they ran then."""
     if before.get("versions") != receipt["versions"]:
         return receipt
-    timed = {row["family"] for row in receipt["rows"]}
-    stay = {f: h for f, h in before.get("families", {}).items() if f not in timed and h == source_hash(root, f)}
-    runs = [*before.get("earlier", []), {"families": list(before.get("families", {})), **_of(before)}]
-    earlier, left = [], set(stay)
-    for run in runs:
-        mine = sorted(left.intersection(run["families"]))
-        if mine:
-            earlier.append({**run, "families": mine})
-            left -= set(mine)
+    families = receipt["families"]
+    stay = {f: of for f, of in before.get("families", {}).items() if f not in families and of["source"] == source_hash(root, f)}
     rows = [row for row in before["rows"] if row["family"] in stay]
-    return receipt | {"families": receipt["families"] | stay, "earlier": earlier, "rows": [*receipt["rows"], *rows]}
-
-
-def _of(receipt: dict[str, Any]) -> dict[str, Any]:
-    return {key: receipt.get(key) for key in ("source", "roofs")}
+    return receipt | {"families": families | stay, "rows": [*receipt["rows"], *rows]}
 
 
 def _sanitizer(path: Path, source: str) -> dict[str, Any]:
@@ -228,7 +220,7 @@ def check(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
         if not belongs:
             problems.append(f"{path.name}: is of other code ({receipt['source']}, now {source})")
         for family, of in receipt.get("families", {}).items():
-            if of != source_hash(root, family):
+            if of["source"] != source_hash(root, family):
                 problems.append(f"{path.name}: its rows of {family} are of other code")
         for tool, result in receipt.get("sanitizer", {}).items():
             if result["errors"]:
@@ -243,6 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("write", "check", "source"))
     parser.add_argument("--no-run", action="store_true", help="take what perf/out holds")
     parser.add_argument("--steps", nargs="*", choices=STEPS, default=list(STEPS), help="what to run (default: all)")
+    parser.add_argument(
+        "--families", nargs="+", choices=tuple(RUNS), default=tuple(RUNS), help="what perf times (default: all)"
+    )
     parser.add_argument("--first", action="store_true", help="time only the kernel that serves each case, and its peers")
     parser.add_argument("--run", type=Path, default=OUT / "run.json", help="rows (default perf/out/run.json)")
     parser.add_argument("--junit", type=Path, nargs="*", help="JUnit files (default perf/out/*.xml)")
@@ -259,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if problems else 0
     try:
         if not args.no_run:
-            run_steps(args.steps, args.first)
+            run_steps(args.steps, args.first, args.families)
         path = write(args.run, args.junit if args.junit is not None else sorted(OUT.glob("*.xml")))
     except Refused as reason:
         print(f"receipt: {reason}", file=sys.stderr)

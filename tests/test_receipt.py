@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -166,22 +169,40 @@ def test_every_room_of_cuda_code_is_some_familys():
     assert folders - {"common"} == receipt.ROOMS
 
 
+def test_a_family_runs_what_its_rooms_take_from_others():
+    """Imports of Python, includes of CUDA."""
+    taken = set()
+    for path in receipt.sources():
+        room, text = receipt.room_of(path), (receipt.ROOT / path).read_text(encoding="utf-8", errors="replace")
+        if room and path.suffix == ".py":
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                    taken |= {(room, receipt.room_of(Path(*name.split(".")).with_suffix(".py"))) for name in names}
+        elif room:
+            taken |= {(room, other) for other in re.findall(r'#include "\.\./(\w+)/', text)}
+    assert ("mla", "decode") in taken and ("hidden", "sampling") in taken
+    for family, rooms in receipt.RUNS.items():
+        missing = {other for room, other in taken if room in rooms and other in receipt.ROOMS} - rooms
+        assert not missing, f"{family} also runs {missing}"
+
+
 def test_rows_stay_where_nothing_that_they_ran_has_changed(tree, monkeypatch):
     """A run of one family keeps the others' rows, but not those of a family whose code is another now, or of other versions."""
     monkeypatch.setattr(receipt, "RESULTS", tree / "results")
-    path = tree / "results" / "nvidia-h200.json"
-    families = {"gemm": receipt.source_hash(tree, "gemm"), "cache": receipt.source_hash(tree, "cache"), "mla": "another"}
-    rows = [{"family": f, "case": "old", "us": 1.0} for f in ("gemm", "cache", "mla", "decode")]
-    first = {"families": ["cache"], "source": "first", "roofs": {"read_gbs": 1}}
-    before = {"source": "second", "roofs": {"read_gbs": 2}, "families": families, "earlier": [first], "rows": rows}
+    path, roofs = tree / "results" / "nvidia-h200.json", {"read_gbs": 2}
+    families = {
+        "gemm": {"source": receipt.source_hash(tree, "gemm"), "roofs": roofs},
+        "mla": {"source": "another", "roofs": roofs},
+    }
+    before = {"families": families, "rows": [{"family": f, "case": "old", "us": 1.0} for f in ("gemm", "mla", "decode")]}
     path.parent.mkdir()
-    for versions, stay in (({}, {"gemm", "cache"}), ({"torch": "older"}, set())):
+    for versions, stay in (({}, {"gemm"}), ({"torch": "older"}, set())):
         path.write_text(json.dumps(before | {"versions": versions}))
         data = json.loads(receipt.write(*outputs(tree, receipt.source_hash(tree), failed=0), tree).read_text())
         assert {r["family"] for r in data["rows"]} == data["families"].keys() == {"decode"} | stay
         assert [r["case"] for r in data["rows"] if r["family"] == "decode"] == ["B1"]
-        if stay:
-            assert data["earlier"] == [first, {"families": ["gemm"], "source": "second", "roofs": {"read_gbs": 2}}]
+        assert all(data["families"][family]["roofs"] == roofs for family in stay)
     assert receipt.check(tree / "results", tree) == []
     (tree / "csrc/cuda/decode").mkdir()
     (tree / "csrc/cuda/decode/d.cu").write_text("new")
@@ -202,6 +223,10 @@ def test_steps_clear_and_run_what_was_asked_for(tmp_path, monkeypatch):
     files = [arguments[1] for arguments in ran]
     assert len(files) >= 6 and all(f.startswith("perf/bench_") for f in files)
     assert all({"--benchmark", "--append", "--first"} <= set(arguments) for arguments in ran)
+    assert {Path(f) for f in files} == {p.relative_to(receipt.ROOT) for p in (receipt.ROOT / "perf").glob("bench_*.py")}
+    ran.clear()
+    receipt.run_steps(["perf"], families=["sampling"])
+    assert [arguments[1] for arguments in ran] == [f"perf/bench_{name}.py" for name in ("calls", "engine", "sampling")]
     ran.clear()
     receipt.run_steps(["tests"])
     assert [arguments[1] for arguments in ran] == ["tests", receipt.STRESS] and all("gpu" in arguments for arguments in ran)

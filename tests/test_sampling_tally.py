@@ -81,14 +81,11 @@ def test_few_large_logits_anywhere(impl, device):
 
 
 @gpu
-@pytest.mark.xfail(
-    reason="what lies beyond the counters is refused; docs/hopper/sampling_gaps.md says what mends it", strict=False
-)
+@pytest.mark.xfail(reason="what lies beyond the counters is refused: docs/hopper/sampling_gaps.md", strict=True)
 @pytest.mark.parametrize(("impl", "device"), CUDA)
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
-def test_logits_beyond_the_counters(p, impl, device):
+def test_logits_beyond_the_counters(impl, device):
     x = (normal(64, 131072, torch.float32, seed=4) * 100).to(BF16)
-    got, want = both(x, impl, seed=4, top_p=p, temperature=300.0)
+    got, want = both(x, impl, seed=4, top_p=0.3, temperature=300.0)
     assert (got.tokens != want.tokens).sum() <= 1
 
 
