@@ -11,22 +11,28 @@ constexpr int kTopkThreads = 512, kTopkWarps = kTopkThreads / 32;
 struct AnyShared {
   u32 counted[2][256];
   u64 bests[kTopkWarps];
+  u64 own;  // the key of who is drawn
   u32 sums[kTopkWarps], bin, need, equal;
 };
 
 // A row's numbers besides RawOptions.
 struct TopkOptions {
   float share, ratio;
+  i64 given;
   u32 k;  // 0: the row has no short top-k
 
   ATTNKIT_DEVICE TopkOptions(const SampleParams& p, int b)
-      : share(option(p.top_p, p.top_p_value, b)), ratio(option(p.min_p, p.min_p_value, b)), k(listed_k(p, b)) {}
+      : share(option(p.top_p, p.top_p_value, b)),
+        ratio(option(p.min_p, p.min_p_value, b)),
+        given(option(p.top_k, p.top_k_value, b)),
+        k(listed_k(given, option(p.temperature, p.temperature_value, b), p.V)) {}
 };
 
 // What a token weighs, the largest being one: whole numbers, so that no order of adding shows.
 ATTNKIT_DEVICE u64 whole_mass(float logit, float top) { return static_cast<u64>(exp2_fast((logit - top) * kLog2e) * kMassOne); }
 
-template <int Type, bool Penalised>
+// ``Listed``: its tokens surely are, as keys.
+template <int Type, bool Penalised, bool Listed>
 struct AnyRow {
   const SampleParams& p;
   AnyShared& s;
@@ -41,7 +47,7 @@ struct AnyRow {
   // f(key) of all listed tokens, or all of the row; every thread as often. Some are on their way.
   template <class F>
   ATTNKIT_DEVICE void for_all(F&& f) const {
-    if (list == nullptr) {
+    if (!Listed && list == nullptr) {
       for_row(f);
       return;
     }
@@ -116,24 +122,33 @@ struct AnyRow {
     return prefix;
   }
 
-  // The best draw of the tokens from key ``last`` and logit ``least`` on; -1 if there is none.
-  ATTNKIT_DEVICE int draw_from(u64 last, float least) const {
-    u64 best = 0;
+  // The key of the best draw of the tokens from key ``last`` and logit ``least`` on; 0 if there is none.
+  ATTNKIT_DEVICE u64 draw_from(u64 last, float least) const {
+    u64 best = 0, own = 0;
     for_all([&](u64 key) {
       if (key < last || logit_of(key) < least) return;
       const int id = best_id(key);
       u32 w[4];
       philox_words(seed, offset, kOfTokens, static_cast<u32>(id) >> 2, w);
-      best = max(best, pack_best(noisy(logit_of(key), one_of(w, id)), id));
+      const u64 score = pack_best(noisy(logit_of(key), one_of(w, id)), id);
+      if (score > best) best = score, own = key;
     });
-    best = most_of(best);
-    return best == 0 ? -1 : best_id(best);
+    const u64 most = most_of(best);
+    if (most == 0) return 0;
+    if (best == most) s.own = own;
+    __syncthreads();
+    return s.own;
   }
 
   // The id that is drawn, -1 if min-p leaves none (where it is more than 1). ``k``: 0 for all; ``top``: the largest logit, a number. By all threads.
   ATTNKIT_DEVICE int draw(u32 k, float share, float ratio, float top) const {
+    return finish(k, k != 0 ? find_last(k, 0, *this) : 1, share, ratio, top, 0);
+  }
+
+  // The same where the key of the k-th is known. ``first``: the key of who is drawn first, if that is known and is one of the k first.
+  ATTNKIT_DEVICE int finish(u32 k, u64 last, float share, float ratio, float top, u64 first) const {
     const float least = ratio > 0.0f ? __fadd_rn(top, logf(ratio)) : -kF32Max;
-    u64 last = k != 0 ? find_last(k, 0, *this) : 1, enough = ~0ull;
+    u64 enough = ~0ull;
     if (share < 1.0f) {
       u64 mass = 0;
       const auto add = [&](u64 key) { mass += key >= last ? whole_mass(logit_of(key), top) : 0; };
@@ -146,18 +161,15 @@ struct AnyRow {
     }
 #pragma unroll 1
     while (true) {
-      const int id = draw_from(last, least);
-      if (share >= 1.0f || id < 0) return id;
-      float x[4];
-      load_chunk<Type, Penalised>(x, r, o, id & ~3, p.V);
-      const u64 own = pack_best(warm(one_of(x, id), o), id);
+      const u64 own = first >= last ? first : draw_from(last, least);
+      if (share >= 1.0f || own == 0) return own == 0 ? -1 : best_id(own);
       u64 heavier = 0;
       bool any = false;
       for_all([&](u64 key) {
         if (key > own) heavier += whole_mass(logit_of(key), top), any = true;
       });
       const bool precedes = __syncthreads_or(any) != 0;
-      if (sum_of(heavier) < enough || !precedes) return id;
+      if (sum_of(heavier) < enough || !precedes) return best_id(own);
       last = own + 1;
     }
   }

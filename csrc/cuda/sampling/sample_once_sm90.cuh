@@ -3,7 +3,7 @@
 #pragma once
 #include "sample_arrive_sm90.cuh"
 #include "sample_counted_sm90.cuh"
-#include "sample_topk_sm90.cuh"
+#include "sample_long_sm90.cuh"
 
 namespace attnkit::sampling {
 
@@ -55,14 +55,23 @@ struct OnceRow {
   ATTNKIT_DEVICE void ask_early() const { ask_block_l2<Type>(stream.p, stream.b, stream.block_of(0)); }
   ATTNKIT_DEVICE void begin() { stream.load(0); }
   ATTNKIT_DEVICE void leave() const {}
-  // Keeps all peaks; a thread's largest.
-  ATTNKIT_DEVICE float keep(Raw<Type>* peaks) {
+  // Keeps all peaks, and those of chunks if ``Chunks``; a thread's largest.
+  template <bool Chunks = false>
+  ATTNKIT_DEVICE float keep(Raw<Type>* peaks, uint2* chunks = nullptr) {
+    constexpr int kPieces = OnceStream<Type>::kPieces, kParts = OnceStream<Type>::kParts;
     float mine = negative_infinity();
 #pragma unroll 1
     for (int round = 0; stream.has(round); ++round) {
+      uint2 of_chunks[kPieces];
+#pragma unroll
+      for (int u = 0; u < kPieces && Chunks; ++u) of_chunks[u] = chunk_peaks<Type>(stream.raw[u]);
       const uint2 most = stream.peaks(mine);
       stream.load(round + 1);
       stream.keep(round, most, peaks);
+#pragma unroll
+      for (int u = 0; u < kPieces && Chunks; ++u) {
+        chunks[((stream.block_of(round) * 4 + round % kParts * kPieces) + u) * 32 + lane_id()] = of_chunks[u];
+      }
     }
     return mine;
   }
@@ -105,23 +114,22 @@ ATTNKIT_DEVICE auto peaks_behind(char* memory) {
   return reinterpret_cast<Raw<Row::kHeld>*>(memory + max(static_cast<int>(sizeof(Shared)), Row::kRing));
 }
 
-// A row of a longer top-k or of min-p: its tokens are listed if there is room.
-template <int Type, bool Penalised>
-struct LongRow {
-  static constexpr int kHeld = Penalised ? kF32 : Type;
+// A row of a longer top-k or of min-p with penalties: its tokens are listed if there is room.
+template <int Type>
+struct LongCounted {
   static constexpr int kMost = 8192;
-  // Shared memory. Mirrors LONG_BYTES in attnkit/backends/cuda/builds/sampling.py.
+  // Shared memory. Mirrors LONG_COUNTED_BYTES in attnkit/backends/cuda/builds/sampling.py.
   struct alignas(16) Shared {
     AnyShared any;
     u64 keys[kMost];
     u16 groups[kMost];
     int n, n_groups;
   };
-  static_assert(sizeof(Shared) == 84192, "LONG_BYTES");
+  static_assert(sizeof(Shared) == 84192, "LONG_COUNTED_BYTES");
   const SampleParams& p;
   Shared& s;
-  const Raw<kHeld>* const peaks;
-  AnyRow<Type, Penalised>& any;
+  const Raw<kF32>* const peaks;
+  AnyRow<Type, true, false>& any;
 
   // f(peak, number of its group) for all groups; every thread as often.
   template <class F>
@@ -129,7 +137,7 @@ struct LongRow {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i - any.lane < p.blocks * 32; i += kTopkThreads) {
       float x[4];
-      widen_four<kHeld>(i < p.blocks * 32 ? peaks[i] : load_four_guarded<kHeld>(nullptr, 0, 0), x);
+      widen_four<kF32>(i < p.blocks * 32 ? peaks[i] : load_four_guarded<kF32>(nullptr, 0, 0), x);
 #pragma unroll
       for (int u = 0; u < 4; ++u) f(x[u], (i / 32 * 4 + u) * 32 + i % 32);
     }
@@ -156,7 +164,7 @@ struct LongRow {
     for (int i = static_cast<int>(threadIdx.x); i < 4 * s.n_groups; i += kTopkThreads) {
       const int v = first_of_group(s.groups[i / 4]) + i % 4 * kChunk;
       float x[4];
-      load_chunk<Type, Penalised>(x, any.r, any.o, v, p.V);
+      load_chunk<Type, true>(x, any.r, any.o, v, p.V);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (!(x[j] >= from)) continue;
@@ -174,48 +182,53 @@ struct LongRow {
       // As many tokens as groups reach the k-th of their peaks.
       if (k <= kMost / 2 && k <= static_cast<u32>(p.blocks) * (kBlock / 16)) {
         const u64 last = any.find_last(k, 40, *this);
-        from = TopkRow<Type, Penalised>::below(order_value(high_word(last)));
+        from = TopkRow<Type, true>::below(order_value(high_word(last)));
       }
     } else {
-      from = TopkRow<Type, Penalised>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
+      from = TopkRow<Type, true>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
     }
     if (from > -kF32Max && collect(from)) any.list = s.keys, any.listed = s.n;
     return any.draw(k, options.share, options.ratio, top);
   }
 };
 
-// A row that has no short top-k. A function of its own: what it keeps in registers is not the others'.
-template <int Type, bool Penalised>
-__device__ __noinline__ void draw_other(const SampleParams& p, char* memory, int b) {
-  using Long = LongRow<Type, Penalised>;
+// A row with penalties that has no short top-k. A function of its own: what it keeps in registers is not the others'.
+template <int Type>
+__device__ __noinline__ void draw_counted(const SampleParams& p, char* memory, int b) {
+  using Long = LongCounted<Type>;
   const RawOptions raw(p, b);
   const TopkOptions options(p, b);
-  const i64 k = option(p.top_k, p.top_k_value, b);
-  const bool counts = k > 0 && k < p.V;
+  const bool counts = options.given > 0 && options.given < p.V;
   __syncthreads();
   if (!counts && options.ratio <= 0.0f) {
     const int n = p.blocks * (kBlock / 16);
-    draw_by_arrival<Type, Penalised>(p, ArriveMemory(memory, n), b, 1, 0, n);
+    draw_by_arrival<Type, true>(p, ArriveMemory(memory, n), b, 1, 0, n);
     return;
   }
   auto& s = *reinterpret_cast<typename Long::Shared*>(memory);
-  auto* const peaks = peaks_behind<Type, Penalised, typename Long::Shared>(memory);
-  OnceRow<Type, Penalised> row(p, memory, b);
+  auto* const peaks = peaks_behind<Type, true, typename Long::Shared>(memory);
+  OnceRow<Type, true> row(p, memory, b);
   row.begin();
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
-  AnyRow<Type, Penalised> any{p, s.any, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
+  AnyRow<Type, true, false> any{p, s.any, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
   const float top = any.top_of(row.keep(peaks));
   int id = -1;
-  if (top > negative_infinity()) id = Long{p, s, peaks, any}.draw(counts ? static_cast<u32>(k) : 0, options, top);
+  if (top > negative_infinity()) id = Long{p, s, peaks, any}.draw(counts ? static_cast<u32>(options.given) : 0, options, top);
   if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
+}
+
+// A row without any of these: a function of its own too.
+template <int Type>
+__device__ __noinline__ void draw_flat(const SampleParams& p, char* memory, int b) {
+  const int n = p.blocks * (kBlock / 16);
+  draw_by_arrival<Type, false>(p, ArriveMemory(memory, n), b, 1, 0, n);
 }
 
 template <int Type, bool Penalised>
 ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
   TopkShared& s = *reinterpret_cast<TopkShared*>(memory);
-  auto* const peaks = peaks_behind<Type, Penalised, TopkShared>(memory);
   const int b = static_cast<int>(blockIdx.x);
   OnceRow<Type, Penalised> once(p, memory, b);
   once.ask_early();
@@ -225,14 +238,33 @@ ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
   const RawOptions raw(p, b);
   const TopkOptions options(p, b);
   once.begin();
-  if (options.k == 0) {
-    once.leave();
-    draw_other<Type, Penalised>(p, memory, b);
+  const u64 seed = static_cast<u64>(raw.seed), offset = static_cast<u64>(raw.offset);
+  if constexpr (Penalised) {
+    if (options.k == 0) {
+      once.leave();
+      draw_counted<Type>(p, memory, b);
+      return;
+    }
+  }
+  const u32 longer = options.given > 0 && options.given < p.V ? static_cast<u32>(options.given) : 0;
+  if (!Penalised && options.k == 0 && longer == 0 && options.ratio <= 0.0f) {
+    if constexpr (!Penalised) draw_flat<Type>(p, memory, b);
     return;
   }
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
-  TopkRow<Type, Penalised> row{p, s, r, o, options.k, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
+  if constexpr (!Penalised) {
+    if (options.k == 0) {
+      auto& s_long = *reinterpret_cast<typename LongRow<Type>::Shared*>(memory);
+      uint2* const chunks = reinterpret_cast<uint2*>(&s_long + 1);
+      LongRow<Type>::open(s_long, seed, offset);
+      const float mine = once.template keep<true>(s_long.peaks, chunks);
+      LongRow<Type>{p, s_long, chunks, AnyRow<Type, false, true>{p, s_long.any, r, o, seed, offset}}.choose(longer, options, mine, b);
+      return;
+    }
+  }
+  auto* const peaks = peaks_behind<Type, Penalised, TopkShared>(memory);
+  TopkRow<Type, Penalised> row{p, s, r, o, options.k, seed, offset};
   const float mine = once.keep(peaks);
   if constexpr (Penalised) s.open();
   row.collect(peaks, p.blocks * 32, row.find_bound(mine), mine);

@@ -27,15 +27,15 @@ struct alignas(16) TopkShared {
   }
 };
 
-// A row whose candidates have no room. A function of its own: what it keeps in registers is not the others'.
+// A row whose tokens have no room. A function of its own: what it keeps in registers is not the others'.
 template <int Type, bool Penalised>
-__device__ __noinline__ int draw_unlisted(const SampleParams& p, AnyShared& s, int b, float top) {
+__device__ __noinline__ int draw_unlisted(const SampleParams& p, AnyShared& s, int b, u32 k, float top) {
   const RawOptions raw(p, b);
   const TopkOptions options(p, b);
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
-  const AnyRow<Type, Penalised> row{p, s, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
-  return row.draw(options.k, options.share, options.ratio, top);
+  const AnyRow<Type, Penalised, false> row{p, s, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
+  return row.draw(k, options.share, options.ratio, top);
 }
 
 template <int Type, bool Penalised>
@@ -177,7 +177,7 @@ struct TopkRow {
     if (s.nan == 0 && listed) {
       if (n > 0) id = best_id(draw(options, n));
     } else if (s.nan == 0) {
-      id = draw_unlisted<Type, Penalised>(p, s.any, b, top);
+      id = draw_unlisted<Type, Penalised>(p, s.any, b, k, top);
     }
     if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
   }

@@ -1,0 +1,495 @@
+// A row of a longer top-k or of min-p without penalties, by its peaks: counts in cells of equal width say from which logit on there are
+// k tokens and few more; the chunks of four neighbours that reach it are read again and their tokens listed. Counts and masses of the
+// listed in cells of their own then decide nearly every draw: who lies below the cell of the k-th or of top-p's end is not drawn, who
+// is drawn above both is kept. The few that lie in these cells are settled by keys and whole masses.
+#pragma once
+#include "sample_any_sm90.cuh"
+#include "sample_rank_sm90.cuh"
+#include "sample_topk_sm90.cuh"
+
+namespace attnkit::sampling {
+
+constexpr int kLongCells = 4 * kTopkThreads;
+
+// Cells of equal width from a logit down.
+struct Cells {
+  float high, per_logit;
+  bool good;  // there are some
+
+  ATTNKIT_DEVICE Cells(float high, float spread)
+      : high(high), per_logit(__fdividef(kLongCells - 1, spread)), good(spread > 1e-30f && spread < 1e30f) {}
+  // Of no logit above ``high``, at most ``last``.
+  ATTNKIT_DEVICE u32 of(float x, u32 last) const {
+    return min(__float_as_uint(__fmaf_rn(high - x, per_logit, 8388608.0f)), 0x4b000000u + last) - 0x4b000000u;
+  }
+  ATTNKIT_DEVICE u32 within(float x) const { return of(x, kLongCells - 1u); }
+};
+
+ATTNKIT_DEVICE void count_one(const u32* counters, u32 cell) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(smem_address(counters) + 4 * cell) : "memory");
+}
+
+// All bits of each half of a pair that is at least ``b``'s.
+template <int Type>
+ATTNKIT_DEVICE u32 at_least(u32 a, u32 b) {
+  u32 r;
+  if constexpr (Type == kF16) {
+    asm("set.ge.u32.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  } else {
+    asm("set.ge.u32.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  }
+  return r;
+}
+
+// A lane's sum and those of the lanes before it.
+ATTNKIT_DEVICE u32 sum_upto(u32 x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    asm volatile("{\n.reg .pred is;\n.reg .b32 other;\nshfl.sync.up.b32 other|is, %0, %1, 0, 0xffffffff;\n@is add.u32 %0, %0, other;\n}"
+                 : "+r"(x)
+                 : "r"(step));
+  }
+  return x;
+}
+
+// ``Width`` neighbouring logits as they are in memory; anything where they are not asked for.
+template <int Type, int Width>
+struct Item {
+  u32 w[Width == 1 ? 1 : Type == kF32 ? 4 : 2];
+
+  ATTNKIT_DEVICE void ask(const char* from, bool is) {
+    const u32 given = is;
+    if constexpr (Width == 1 && Type == kF32) {
+      asm volatile("{\n.reg .pred is;\nsetp.ne.u32 is, %2, 0;\n@is ld.global.b32 %0, [%1];\n}" : "=r"(w[0]) : "l"(from), "r"(given));
+    } else if constexpr (Width == 1) {
+      asm volatile("{\n.reg .pred is;\nsetp.ne.u32 is, %2, 0;\n@is ld.global.u16 %0, [%1];\n}" : "=r"(w[0]) : "l"(from), "r"(given));
+    } else if constexpr (Type == kF32) {
+      asm volatile(
+          "{\n.reg .pred is;\nsetp.ne.u32 is, %5, 0;\n"
+          "@is ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+          : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+          : "l"(from), "r"(given));
+    } else {
+      asm volatile("{\n.reg .pred is;\nsetp.ne.u32 is, %3, 0;\n@is ld.global.v2.b32 {%0, %1}, [%2];\n}"
+                   : "=r"(w[0]), "=r"(w[1])
+                   : "l"(from), "r"(given));
+    }
+  }
+  ATTNKIT_DEVICE float logit(int j) const {
+    if constexpr (Type == kF32) return __uint_as_float(w[j]);
+    const float2 two = unpack(w[j / 2], Type == kBf16);
+    return j % 2 == 0 ? two.x : two.y;
+  }
+};
+
+// The largest of each of a group's chunks, 16 bits each: rounded if they are of float32.
+template <int Type>
+ATTNKIT_DEVICE uint2 chunk_peaks(const Raw<Type> (&raw)[4]) {
+  if constexpr (Type == kF32) {
+    float most[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const u32(&w)[4] = raw[c].w;
+      most[c] = max_nan(max_nan(__uint_as_float(w[0]), __uint_as_float(w[1])), max_nan(__uint_as_float(w[2]), __uint_as_float(w[3])));
+    }
+    return make_uint2(pack_bf16(most[0], most[1]), pack_bf16(most[2], most[3]));
+  } else {
+    u32 two[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const u32 a = max_pairs<Type>(raw[2 * i].w[0], raw[2 * i].w[1]), b = max_pairs<Type>(raw[2 * i + 1].w[0], raw[2 * i + 1].w[1]);
+      two[i] = max_pairs<Type>(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+    }
+    return make_uint2(two[0], two[1]);
+  }
+}
+
+template <int Type>
+struct LongRow {
+  static constexpr int kMost = 8192, kBytes = Type == kF32 ? 4 : 2;
+  // Shared memory; peaks of chunks follow, and in their place, once chunks are listed, what noise takes off tokens. Mirrors LONG_BYTES in
+  // attnkit/backends/cuda/builds/sampling.py.
+  struct alignas(16) Shared {
+    AnyShared any;
+    union {
+      u64 keys[kMost];
+      Raw<Type> peaks[kMost * 8 / sizeof(Raw<Type>)];  // until chunks are listed
+    };
+    union {
+      u16 listed[kMost];  // chunks: a quarter of their first token
+      Candidate candidates[kCandidates];
+    };
+    u32 tokens_in[kLongCells], masses[kLongCells + 4];  // of the listed; counts of peaks where masses will be
+    uint2 range[kTopkWarps];                            // of peaks, as keys
+    u64 bests[kTopkWarps], of_bests[kTopkWarps];        // scores, and the keys of whose they are
+    u32 sums[2][kTopkWarps], mass_sums[kTopkWarps];
+    u32 cell, upto, inside;  // where the k-th is, how many lie in cells up to that, and in it
+    int n, n_listed, n_inside;
+    Philox noise;
+  };
+  static_assert(sizeof(Shared) == 101280, "LONG_BYTES");
+  const SampleParams& p;
+  Shared& s;
+  uint2* const chunks;  // peaks of a group's chunks
+  AnyRow<Type, false, true> any;
+
+  // By all, before the row is read: what is counted is zero.
+  ATTNKIT_DEVICE static void open(Shared& s, u64 seed, u64 offset) {
+    const int t = static_cast<int>(threadIdx.x);
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+    reinterpret_cast<uint4*>(s.tokens_in)[t] = zero, reinterpret_cast<uint4*>(s.masses)[t] = zero;
+    if (t == 0) {
+      s.n = s.n_listed = s.n_inside = 0, s.cell = kLongCells;
+      s.noise = Philox(seed, offset, kOfTokens);
+    }
+  }
+
+  // ---- over all threads ----
+
+  // The least and the largest of all threads' largest logits before temperature; no -inf if there is a number, NaN if there is one.
+  ATTNKIT_DEVICE float2 range_of(float mine) const {
+    const u32 key = order_key(mine), high = __reduce_max_sync(0xffffffffu, key);
+    const u32 low = __reduce_min_sync(0xffffffffu, mine > negative_infinity() ? key : ~0u);
+    if (any.lane == 0) s.range[any.warp] = make_uint2(low, high);
+    __syncthreads();
+    const uint2 range = s.range[any.lane % kTopkWarps];
+    return make_float2(order_value(__reduce_min_sync(0xffffffffu, range.x)), order_value(__reduce_max_sync(0xffffffffu, range.y)));
+  }
+
+  // Where a lane's n go among all: after those of the lanes before it, and of warps that came before.
+  ATTNKIT_DEVICE int place_of(u32 n, int* all) const {
+    const u32 upto = sum_upto(n);
+    int at = 0;
+    if (any.lane == 31) at = atomicAdd(all, static_cast<int>(upto));
+    return __shfl_sync(0xffffffffu, at, 31) + static_cast<int>(upto - n);
+  }
+
+  // What the warps before this one have.
+  ATTNKIT_DEVICE u32 sum_before_warp(const u32* sums) const {
+    return __reduce_add_sync(0xffffffffu, any.lane < any.warp ? sums[any.lane % kTopkWarps] : 0);
+  }
+
+  // Which cell the k-th of what is counted is in. ``before``: what precedes the thread's four.
+  ATTNKIT_DEVICE void find_cell(u32 k, uint4 counts, u32 before) const {
+    const u32 four[4] = {counts.x, counts.y, counts.z, counts.w};
+    const u32 two = before + counts.x + counts.y, upto[4] = {before + counts.x, two, two + counts.z, two + counts.z + counts.w};
+    if (before >= k || upto[3] < k) return;
+    const int j = (upto[0] < k) + (upto[1] < k) + (upto[2] < k);
+    s.cell = 4 * threadIdx.x + j, s.upto = one_of(upto, j), s.inside = one_of(four, j);
+  }
+
+  // ---- the list ----
+
+  // f(four peaks, which of this thread's fours) for those that it kept.
+  template <class F>
+  ATTNKIT_DEVICE void for_fours(F&& f) const {
+#pragma unroll 2
+    for (int i = static_cast<int>(threadIdx.x), n = 0; i < p.blocks * 32; i += kTopkThreads, ++n) {
+      float x[4];
+      widen_four<Type>(s.peaks[i], x);
+      f(x, n);
+    }
+  }
+  // f(key) for all peaks.
+  template <class F>
+  ATTNKIT_DEVICE void for_all(F&& f) const {
+    for_fours([&](const float(&x)[4], int n) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) f(pack_best(x[u], 4 * n + u));
+    });
+  }
+
+  // From which logit on there are k tokens, before temperature: as many as groups whose peak reaches it.
+  ATTNKIT_DEVICE float bound(u32 k, float2 range) const {
+    // Some peaks in three reach what the least of all threads' largest is.
+    const float spread = range.y - range.x;
+    const Cells cells(range.y, k * 6 <= static_cast<u32>(p.blocks) * (kBlock / 16) ? spread : 2.0f * spread);
+    if (cells.good) {
+      // Those below all cells are counted in one more: no branch.
+      for_fours([&](const float(&x)[4], int) {
+#pragma unroll
+        for (int u = 0; u < 4; ++u) count_one(s.masses, cells.of(x[u], kLongCells));
+      });
+      __syncthreads();
+      const uint4 counts = reinterpret_cast<const uint4*>(s.masses)[threadIdx.x];
+      reinterpret_cast<uint4*>(s.masses)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+      const u32 four = counts.x + counts.y + counts.z + counts.w, upto = sum_upto(four);
+      if (any.lane == 31) s.sums[0][any.warp] = upto;
+      __syncthreads();
+      find_cell(k, counts, sum_before_warp(s.sums[0]) + upto - four);
+      __syncthreads();
+      // Half a cell to where it ends, and what rounding does.
+      if (s.cell < kLongCells && s.upto <= 2 * k) {
+        return TopkRow<Type, false>::below(range.y - (static_cast<float>(s.cell) + 0.51f) * __fdividef(1.0f, cells.per_logit));
+      }
+    }
+    const u64 last = any.find_last(k, 40, *this);
+    return TopkRow<Type, false>::below(order_value(high_word(last)));
+  }
+
+  // Lists the tokens from ``from`` on, before temperature, and their ids; their chunks are read again. False if there is no room.
+  ATTNKIT_DEVICE bool collect(float from) const {
+    const u32 least = Type == kF16 ? pack_f16(from, from) : pack_bf16(from, from);
+#pragma unroll 1
+    for (int block = any.warp; block < p.blocks; block += 4 * kTopkWarps) list_chunks(block, least);
+    __syncthreads();
+    if (s.n_listed > kMost) return false;
+    if (!whole_chunks()) {
+      list_tokens<1, 8>(from);
+    } else if (s.n_listed <= 3 * kTopkThreads) {
+      list_tokens<4, 3>(from);
+    } else {
+      list_tokens<4, 4>(from);
+    }
+    __syncthreads();
+    return s.n <= kMost;
+  }
+
+  ATTNKIT_DEVICE bool whole_chunks() const { return any.r.logits_wide && p.V % 4 == 0; }
+  // From each listed token's logit by noise.
+  ATTNKIT_DEVICE float* taken() const { return reinterpret_cast<float*>(chunks); }
+
+  // Four of a warp's blocks: a bit for each chunk, then one by one.
+  ATTNKIT_DEVICE void list_chunks(int block, u32 least) const {
+    u32 found = 0, others = 0;  // chunks 0 and 1; 2 and 3
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int one = block + i / 4 * kTopkWarps;
+      if (one < p.blocks) {
+        const uint2 four = chunks[(one * 4 + i % 4) * 32 + any.lane];
+        found |= at_least<Type>(four.x, least) & 0x10001u << i;
+        others |= at_least<Type>(four.y, least) & 0x10001u << i;
+      }
+    }
+    const u32 n = __popc(found) + __popc(others);
+    int at = place_of(n, &s.n_listed);
+    if (at + static_cast<int>(n) > kMost) return;
+    u32 first = block * (kBlock / 4) + any.lane;
+#pragma unroll 1
+    for (int end = at + static_cast<int>(n); at < end; ++at) {
+      if (found == 0) found = others, first += 2 * kChunk / 4;
+      const u32 bit = __ffs(found) - 1;
+      found &= found - 1;
+      const u32 chunk = first + (bit / 4 & 3u) * (kTopkWarps * kBlock / 4) + (bit & 3u) * (kPiece / 4) + (bit / 16) * (kChunk / 4);
+      s.listed[at] = static_cast<u16>(chunk);
+    }
+  }
+
+  // What noise takes off a token's logit.
+  ATTNKIT_DEVICE static float taken_off(u32 word) { return __fmul_rn(log2_fast(exponential(word)), kLn2); }
+  ATTNKIT_DEVICE static void taken_off(const Philox& noise, u32 v, float (&taken)[4]) {
+    u32 w[4];
+    noise.words(v / 4, w);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) taken[j] = taken_off(w[j]);
+  }
+
+  // ``Width`` neighbours of a chunk at a time, ``Ahead`` of them on their way; a whole chunk's noise is worked out meanwhile.
+  template <int Width, int Ahead>
+  ATTNKIT_DEVICE void list_tokens(float from) const {
+    constexpr u32 kOf = 4 / Width;
+    const u32 inside = threadIdx.x % kOf * Width, items = s.n_listed * kOf;
+    const char* const row = any.r.logits + inside * kBytes;
+    const Philox noise = s.noise;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i - any.lane < items; i += Ahead * kTopkThreads) {
+      const u16* const listed = s.listed + i / kOf;
+      Item<Type, Width> x[Ahead];
+      u32 v[Ahead];
+      float bar[Ahead];
+#pragma unroll
+      for (u32 u = 0; u < Ahead; ++u) {
+        bool is = i + u * kTopkThreads < items;
+        // What lies past the end of the list is somewhere in shared memory.
+        v[u] = 4u * listed[u * (kTopkThreads / kOf)];
+        is = is && (Width == 4 || v[u] + inside < static_cast<u32>(p.V));
+        x[u].ask(row + v[u] * static_cast<u32>(kBytes), is);
+        bar[u] = is ? from : __uint_as_float(0x7fffffffu);
+      }
+      float noises[Ahead][4];
+#pragma unroll
+      for (int u = 0; u < Ahead; ++u) {
+        if (Width == 4 && i - any.lane + u * kTopkThreads < items) taken_off(noise, v[u], noises[u]);
+      }
+      u32 n = 0;
+#pragma unroll
+      for (int u = 0; u < Ahead; ++u) {
+#pragma unroll
+        for (int j = 0; j < Width; ++j) {
+          asm("{\n.reg .pred is;\nsetp.ge.f32 is, %1, %2;\n@is add.u32 %0, %0, 1;\n}" : "+r"(n) : "f"(x[u].logit(j)), "f"(bar[u]));
+        }
+      }
+      const int at = place_of(n, &s.n);
+      if (at + static_cast<int>(n) > kMost) continue;
+      u32 to = smem_address(s.keys + at), taken_to = smem_address(taken() + at);
+#pragma unroll
+      for (int u = 0; u < Ahead; ++u) {
+#pragma unroll
+        for (int j = 0; j < Width; ++j) {
+          asm volatile(
+              "{\n.reg .pred is;\nsetp.ge.f32 is, %2, %3;\n@is st.shared.v2.b32 [%0], {%4, %2};\n@is add.u32 %0, %0, 8;\n"
+              "@is st.shared.f32 [%1], %5;\n@is add.u32 %1, %1, 4;\n}"
+              : "+r"(to), "+r"(taken_to)
+              : "f"(x[u].logit(j)), "f"(bar[u]), "r"(v[u] + inside + j), "f"(noises[u][j])
+              : "memory");
+        }
+      }
+    }
+  }
+
+  // So many make a mass of one: all of the listed weigh less than 2^32.
+  ATTNKIT_DEVICE float units() const { return __uint_as_float(127 + __clz(s.n) << 23); }
+  ATTNKIT_DEVICE static u32 mass_of(float logit, float top, float unit) {
+    return __float2uint_rz(exp2_fast((logit - top) * kLog2e) * unit);
+  }
+
+  // Listed tokens get their keys; they are counted and weighed if ``cells`` are.
+  ATTNKIT_DEVICE void make_keys(const Cells& cells, bool weigh, float top) const {
+    const int n = s.n;
+    const float unit = units();
+    const bool whole = whole_chunks();
+#pragma unroll 2
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kTopkThreads) {
+      const u64 one = s.keys[i];
+      const float logit = warm(__uint_as_float(high_word(one)), any.o);
+      s.keys[i] = pack_best(logit, static_cast<int>(one));
+      if (!cells.good) continue;
+      const u32 cell = cells.within(logit);
+      count_one(s.tokens_in, cell);
+      if (weigh) atomicAdd(s.masses + cell, mass_of(logit, top, unit));
+      if (!whole) taken()[i] = taken_off(s.noise.word(static_cast<int>(one)));
+    }
+    __syncthreads();
+  }
+
+  // Where the k-th of the listed is; masses become what lies before each cell.
+  ATTNKIT_DEVICE void add_up(u32 k) const {
+    const int t = static_cast<int>(threadIdx.x);
+    const uint4 counts = reinterpret_cast<const uint4*>(s.tokens_in)[t], masses = reinterpret_cast<const uint4*>(s.masses)[t];
+    const u32 n = counts.x + counts.y + counts.z + counts.w, mass = masses.x + masses.y + masses.z + masses.w;
+    const u32 upto = sum_upto(n), mass_upto = sum_upto(mass);
+    if (any.lane == 31) s.sums[1][any.warp] = upto, s.mass_sums[any.warp] = mass_upto;
+    __syncthreads();
+    const u32 before = sum_before_warp(s.sums[1]) + upto - n, mass_before = sum_before_warp(s.mass_sums) + mass_upto - mass;
+    find_cell(k, counts, before);
+    reinterpret_cast<uint4*>(s.masses)[t] =
+        make_uint4(mass_before, mass_before + masses.x, mass_before + masses.x + masses.y, mass_before + mass - masses.w);
+    if (t == kTopkThreads - 1) s.masses[kLongCells] = mass_before + mass;
+    __syncthreads();
+  }
+
+  // ---- the draw ----
+
+  // The key of the best draw of tokens after key ``limit`` in cells up to that of the k-th, those that top-p leaves out left out: ``end``
+  // says from which mass before it on. 0 if there is none. By all.
+  ATTNKIT_DEVICE u64 draw_by_cells(const Cells& cells, float end, float least, u64 limit) const {
+    const u32 last = s.cell;
+    const int n = s.n;
+    u64 best = 0, own = 0;
+#pragma unroll 2
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kTopkThreads) {
+      const u64 key = s.keys[i];
+      const float logit = any.logit_of(key);
+      const u32 cell = cells.within(logit);
+      const u64 score = pack_best(__fsub_rn(logit, taken()[i]), best_id(key));
+      const bool is = cell <= last && static_cast<float>(s.masses[cell]) < end && logit >= least && key > limit;
+      if (is && score > best) best = score, own = key;
+    }
+    const u64 most = warp_max(best);
+    if (best == most) s.bests[any.warp] = best, s.of_bests[any.warp] = own;
+    __syncthreads();
+    best = s.bests[any.lane % kTopkWarps];
+    return s.of_bests[__ffs(__ballot_sync(0xffffffffu, best == warp_max(best))) - 1];
+  }
+
+  // What lies before a key in its cell, in units. By all.
+  ATTNKIT_DEVICE u32 mass_in_cell(const Cells& cells, u64 own, u32 its, float top) const {
+    const float unit = units();
+    u32 mass = 0;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < s.n; i += kTopkThreads) {
+      const u64 key = s.keys[i];
+      if (key > own && cells.within(any.logit_of(key)) == its) mass += mass_of(any.logit_of(key), top, unit);
+    }
+    mass = __reduce_add_sync(0xffffffffu, mass);
+    if (any.lane == 0) s.sums[0][any.warp] = mass;
+    __syncthreads();
+    return __reduce_add_sync(0xffffffffu, any.lane < kTopkWarps ? s.sums[0][any.lane % kTopkWarps] : 0);
+  }
+
+  // The k-th key; its cell is known.
+  ATTNKIT_DEVICE u64 last_of_cell(const Cells& cells, u32 k) const {
+    const u32 inside = s.inside, need = k - (s.upto - inside);
+    if (inside > kCandidates) return any.find_last(k, 0, any);
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < s.n; i += kTopkThreads) {
+      const u64 key = s.keys[i];
+      if (cells.within(any.logit_of(key)) == s.cell) s.candidates[atomicAdd(&s.n_inside, 1)] = Candidate{key, 0};
+    }
+    __syncthreads();
+    const Ranked r = rank_candidates<kTopkThreads>(s.candidates, static_cast<int>(inside));
+    if (r.is && r.before == need - 1) s.any.own = r.own.key;
+    __syncthreads();
+    return s.any.own;
+  }
+
+  // What weighs so much before it is surely left out by top-p (y), and kept if it is less than x: in units. What the k first weigh is
+  // known but for those in the cell of the k-th, whose masses differ little. Tokens are cut to whole units, and sums are rounded here.
+  ATTNKIT_DEVICE float2 top_p_end(const Cells& cells, float share, u32 k) const {
+    const float per_cell = kLog2e * __fdividef(1.0f, cells.per_logit), cell = static_cast<float>(s.cell), unit = units();
+    const float need = static_cast<float>(k - (s.upto - s.inside)), before = static_cast<float>(s.masses[s.cell]);
+    const float light = exp2_fast(-(cell + 0.51f) * per_cell) * unit * 0.9999f, n = static_cast<float>(s.n);
+    const float heavy = exp2_fast(-fmaxf(cell - 0.51f, 0.0f) * per_cell) * unit * 1.0001f;  // none weighs more than one
+    return make_float2(share * (before + need * light) * 0.999999f - 2.0f - n, share * (before + need * heavy + n) * 1.000001f + 2.0f);
+  }
+
+  // A row of top-k whose tokens are listed.
+  ATTNKIT_DEVICE int draw_listed(u32 k, const TopkOptions& options, float top, float from) const {
+    const Cells cells(top, top - warm(from, any.o));
+    const bool weigh = options.share < 1.0f;
+    const float least = options.ratio > 0.0f ? __fadd_rn(top, logf(options.ratio)) : -kF32Max;
+    make_keys(cells, weigh, top);
+    if (!cells.good) return any.finish(k, any.find_last(k, 0, any), options.share, options.ratio, top, 0);
+    add_up(k);
+    const float2 end = weigh ? top_p_end(cells, options.share, k) : make_float2(kF32Max, kF32Max);
+    u64 drawn = 0;
+#pragma unroll 1
+    while (true) {
+      drawn = draw_by_cells(cells, end.y, least, drawn);
+      if (drawn == 0) return -1;
+      const u32 cell = cells.within(any.logit_of(drawn));
+      if (cell == s.cell && s.upto != k) break;
+      if (!weigh || static_cast<float>(s.masses[cell + 1]) < end.x) return best_id(drawn);
+      const u32 before = s.masses[cell] + mass_in_cell(cells, drawn, cell, top);
+      if (before == 0 || static_cast<float>(before) < end.x) return best_id(drawn);
+      if (static_cast<float>(before) < end.y) break;
+    }
+    return any.finish(k, last_of_cell(cells, k), options.share, options.ratio, top, drawn);
+  }
+
+  // ``range``: before temperature.
+  ATTNKIT_DEVICE int draw(u32 k, const TopkOptions& options, float top, float2 range, int b) {
+    float from = negative_infinity();
+    if (k != 0) {
+      if (k <= kMost / 2 && k <= static_cast<u32>(p.blocks) * (kBlock / 16)) from = bound(k, range);
+    } else {
+      from = TopkRow<Type, false>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
+    }
+    if (!(from > -kF32Max) || !collect(from)) return draw_unlisted<Type, false>(p, s.any, b, k, top);
+    any.list = s.keys, any.listed = s.n;
+    if (k != 0) return draw_listed(k, options, top, from);
+    make_keys(Cells(top, 0.0f), false, top);
+    return any.finish(0, 1, options.share, options.ratio, top, 0);
+  }
+
+  // ``mine``: a thread's largest peak.
+  ATTNKIT_DEVICE void choose(u32 k, const TopkOptions& options, float mine, int b) {
+    const float2 range = range_of(mine);
+    const float top = warm(range.y, any.o);
+    int id = -1;
+    if (top > negative_infinity()) id = draw(k, options, top, range, b);
+    if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
+  }
+};
+
+}  // namespace attnkit::sampling
