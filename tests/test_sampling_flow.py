@@ -27,6 +27,12 @@ def test_what_flows():
     assert builds.lead_bytes(builds.BF16, 132 * builds.LEAD_ROWS, 2048, 132) <= 227 * 1024
 
 
+def test_ctas_have_whole_rows_or_parts_of_one():
+    assert [builds.lead_ctas(B, 131072, 132) for B in (32, 64, 128, 132)] == [128, 128, 128, 132]
+    assert builds.lead_ctas(128, 100352, 132) == 132  # a warp had four blocks instead of three
+    assert builds.lead_ctas(100, 131072, 132) == 132 and builds.lead_ctas(256, 131072, 132) == 132  # few CTAs, many rows
+
+
 @gpu
 @pytest.mark.parametrize(("impl", "device"), CUDA)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

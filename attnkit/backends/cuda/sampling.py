@@ -157,9 +157,10 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
     for way in ways:
         variants = _variants(sig, way, penalised)
         if way in ("ring", "flow"):
-            sms, threads = arch.of(sig.device).sms, builds.LEAD_THREADS
-            shared = builds.lead_bytes(KINDS[sig.dtype], sig.B, sig.V, sms)
-            made.append(_made(sig, variants[0], f"attnkit_sample_{way}", sms, values, pointers, shared=shared, threads=threads))
+            grid, threads = builds.lead_ctas(sig.B, sig.V, arch.of(sig.device).sms), builds.LEAD_THREADS
+            shared = builds.lead_bytes(KINDS[sig.dtype], sig.B, sig.V, grid)
+            dealt = values | {"room": sig.B * values["blocks"] // grid}
+            made.append(_made(sig, variants[0], f"attnkit_sample_{way}", grid, dealt, pointers, shared=shared, threads=threads))
         elif way == "all":
             made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values, pointers))
         elif way == "once":

@@ -1,6 +1,6 @@
 // Greedy choice and draws from all tokens of many rows of 16-bit logits, without penalties: one read of the logits, in
-// registers. Each of many warps holds a block while its next one is on its way; the few groups of it that may lead are set aside in
-// shared memory and worked out by four lanes each.
+// registers. Each of many warps holds a block while its next one is on its way; the few groups of it that may lead are worked out by
+// the lanes that hold them, one each at a time.
 #pragma once
 #include "sample_lead_sm90.cuh"
 #include "sample_stream_sm90.cuh"
@@ -8,29 +8,9 @@
 namespace attnkit::sampling {
 
 constexpr int kFlowWarps = 16, kFlowThreads = 32 * kFlowWarps;
-constexpr int kTried = 8;  // groups that a warp works out at a time
-
-// A group that may lead: its logits, the largest of them, what is hoped of it, its word and its number.
-template <int Type>
-struct alignas(16) FlowTried {
-  Raw<Type> chunks[4];
-  float peak, hope;
-  u32 word;
-  int group;
-};
-
-// In front of the rows, as many as the CTA has.
-template <int Type>
-struct FlowShared {
-  FlowTried<Type> tried[kFlowWarps][kTried];
-};
-static_assert(sizeof(FlowShared<kBf16>) == 6144 && sizeof(LeadRow) == 128, "FLOW_BYTES and LEAD_ROW_BYTES");
-
-ATTNKIT_DEVICE u32 lanes_before() {
-  u32 mask;
-  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
-  return mask;
-}
+// Nothing but the rows, as many as the CTA has.
+struct alignas(sizeof(LeadRow)) FlowShared {};
+static_assert(sizeof(FlowShared) == 128 && sizeof(LeadRow) == 128, "FLOW_BYTES and LEAD_ROW_BYTES");
 
 // Logarithms of what may lead are counted in the last bits of a float: 2^23 an octave. The bits of a whole number as a float
 // then are its logarithm, along a straight line from each power of two to the next: never more, and less by 0.09 octaves at
@@ -57,6 +37,11 @@ struct FlowPeaks {
     const float2 two = unpack(raw.w[u / 2], Type == kBf16);
     return u % 2 ? two.y : two.x;
   }
+  // The same where u is not known at compile time.
+  ATTNKIT_DEVICE float at(int u) const {
+    const u32 two = u & 2 ? raw.w[1] : raw.w[0];
+    return unpack(u & 1 ? two >> 16 : two, Type == kBf16).x;
+  }
 };
 
 // A block of a warp: its number, its row, and where the lane's first logits lie.
@@ -65,7 +50,10 @@ struct FlowSpot {
   int n, b;
   const char* from;
 
-  ATTNKIT_DEVICE FlowSpot(const SampleParams& p, int n) : n(n) { find(p, n / p.blocks); }
+  // ``row``: of a block not behind it.
+  ATTNKIT_DEVICE FlowSpot(const SampleParams& p, int n, int row) : n(n), b(row) {
+    find(p, inside(p) < p.blocks ? row : row_of_block(p, n));
+  }
   ATTNKIT_DEVICE int inside(const SampleParams& p) const { return n - b * p.blocks; }  // its number in the row
   ATTNKIT_DEVICE void find(const SampleParams& p, int row) {
     b = row;
@@ -74,7 +62,7 @@ struct FlowSpot {
   ATTNKIT_DEVICE FlowSpot after(const SampleParams& p) const {
     FlowSpot next = *this;
     next.n += kFlowWarps, next.from += kFlowWarps * kBlock * 2;
-    if (next.inside(p) >= p.blocks) next.find(p, next.n / p.blocks);
+    if (next.inside(p) >= p.blocks) next.find(p, row_of_block(p, next.n));
     return next;
   }
 };
@@ -87,11 +75,11 @@ struct FlowWords {
 
 // One warp's part in it.
 template <int Type>
-struct Flow : Lead<Type, kFlowWarps, FlowShared<Type>> {
-  using Base = Lead<Type, kFlowWarps, FlowShared<Type>>;
+struct Flow : Lead<Type, kFlowWarps, FlowShared> {
+  using Base = Lead<Type, kFlowWarps, FlowShared>;
   using Base::p, Base::s, Base::lane, Base::warp, Base::first, Base::end, Base::reached, Base::raise, Base::options;
 
-  ATTNKIT_DEVICE Flow(const SampleParams& p, FlowShared<Type>& s, int first, int end) : Base(p, s, first, end) {}
+  ATTNKIT_DEVICE Flow(const SampleParams& p, FlowShared& s, const LeadShare& share) : Base(p, s, share) {}
 
   // ---- what is hoped ----
 
@@ -107,112 +95,119 @@ struct Flow : Lead<Type, kFlowWarps, FlowShared<Type>> {
     return words;
   }
 
-  // The most that is hoped of a lane's groups, of those that are ``open``. NaN if there is one.
-  ATTNKIT_DEVICE static float most_hoped(const FlowPeaks<Type>& peaks, float scale, const FlowWords& words, u32 open = 15) {
+  // The most that is hoped of a lane's groups. NaN if there is one.
+  ATTNKIT_DEVICE static float most_hoped(const FlowPeaks<Type>& peaks, float scale, const FlowWords& words) {
     float most = negative_infinity();
 #pragma unroll
-    for (int u = 0; u < 4; ++u) most = (open >> u & 1) != 0 ? max_nan(most, hope_of(peaks.of(u), scale, words.logs[u])) : most;
+    for (int u = 0; u < 4; ++u) most = max_nan(most, hope_of(peaks.of(u), scale, words.logs[u]));
     return most;
   }
 
-  // ---- choosing ----
+  // ---- choosing, by the lane that has the group ----
 
-  // The packed best of a quarter of a group, whose other quarters are with the lane's neighbours; 0 where it cannot lead.
-  ATTNKIT_DEVICE u64 score_of(const LeadRow& row, const FlowTried<Type>& group, const Raw<Type>& chunk, float least) const {
-    const float most = fminf(group.peak, kF32Max);
+  // The first of a group's tokens that has its largest logit.
+  ATTNKIT_DEVICE static int largest_of(const Raw<Type> (&raw)[4], float most) {
+    int at = 0;
+#pragma unroll
+    for (int c = 3; c >= 0; --c) {
+      float x[4];
+      widen_four<Type>(raw[c], x);
+#pragma unroll
+      for (int i = 3; i >= 0; --i) at = fminf(x[i], kF32Max) == most ? c * kChunk + i : at;
+    }
+    return at;
+  }
+
+  // exp of four logits over their group's largest.
+  ATTNKIT_DEVICE static void masses_of(const Raw<Type>& chunk, float most, float scale, float (&mass)[4]) {
     float x[4];
     widen_four<Type>(chunk, x);
-    if (row.cold != 0) {
-      int at = 4;
 #pragma unroll
-      for (int i = 3; i >= 0; --i) at = fminf(x[i], kF32Max) == most ? i : at;
-      return at < 4 ? pack_best(most, first_of_group(group.group) + lane % 4 * kChunk + at) : 0;
-    }
-    const RowOptions o = options(row);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum += exp2_fast((fminf(x[i], kF32Max) - most) * (o.rt * kLog2e));
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const float times = log2_fast(sum);
-    if (!__any_sync(0xffffffffu, !(__fmaf_rn(times, kOctave, group.hope) < least))) return 0;
-    const float score = noisy(__fadd_rn(warm(most, o), __fmul_rn(times, kLn2)), group.word);
-    return score > negative_infinity() ? pack_best(score, group.group * 16) : 0;
+    for (int i = 0; i < 4; ++i) mass[i] = exp2_fast((fminf(x[i], kF32Max) - most) * scale);
   }
 
-  // Sets groups of which at least ``least`` is hoped aside: their number, of which the first kTried are no longer ``open``.
-  ATTNKIT_DEVICE int set_aside(const FlowSpot<Type>& at, const Raw<Type> (&raw)[4][4], const FlowPeaks<Type>& peaks, const FlowWords& words,
-                               float scale, float least, int behind, u32& open) const {
-    int count = 0;
+  ATTNKIT_DEVICE static Raw<Type> one_chunk(const Raw<Type>& a, const Raw<Type>& b, const Raw<Type>& c, const Raw<Type>& d, int at) {
+    Raw<Type> one;
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const float peak = peaks.of(u), hoped = hope_of(peak, scale, words.logs[u]);
-      const int block = at.inside(p);
-      const bool late = hoped == least && block * kBlock + u * kPiece + lane * 4 > behind;
-      const bool hope = (open >> u & 1) != 0 && !(hoped < least) && peak != negative_infinity() && !late;
-      const u32 who = __ballot_sync(0xffffffffu, hope);
-      const int slot = count + __popc(who & lanes_before());
-      if (hope && slot < kTried) {
-        const u32 to = smem_address(s.tried[warp] + slot), group = block * (kBlock / 16) + u * 32 + lane;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) store_raw<Type>(to + c * sizeof(Raw<Type>), raw[u][c]);
-        store_raw<kF32>(to + 4 * sizeof(Raw<Type>), {__float_as_uint(peak), __float_as_uint(hoped), words.w[u], group});
-        open &= ~(1u << u);
-      }
-      count += __popc(who);
+    for (int i = 0; i < 2; ++i) {
+      const u32 of[4] = {a.w[i], b.w[i], c.w[i], d.w[i]};
+      one.w[i] = one_of(of, at);
     }
-    __syncwarp();
-    return count;
+    return one;
   }
 
-  // Tries the groups that were set aside, four lanes each; ``least`` is what must be hoped of one by its sum. Which token it is that
-  // the first to arrive stands for is chosen at once, while logits are on their way, not at the row's end.
-  ATTNKIT_DEVICE void try_aside(LeadRow& row, int count, u64 now, float least) const {
-    const u32 from = smem_address(s.tried[warp] + lane / 4);
-    const Raw<Type> chunk = load_raw<Type>(from + lane % 4 * sizeof(Raw<Type>));
-    const Raw<kF32> head = load_raw<kF32>(from + 4 * sizeof(Raw<Type>));
-    FlowTried<Type> group;
-    group.peak = __uint_as_float(head.w[0]), group.hope = __uint_as_float(head.w[1]), group.word = head.w[2], group.group = head.w[3];
-    u64 mine = score_of(row, group, chunk, least);
-    if (group.peak != group.peak) mine = kNaNSeen;
-    if (lane / 4 >= count) mine = 0;
-    if (!__any_sync(0xffffffffu, mine > now)) return;
-    u64 top = warp_max(mine);
-    if (row.cold == 0 && top != kNaNSeen) {
-      if (top <= __shfl_sync(0xffffffffu, reached(row), 0)) return;
-      const int number = best_id(top) / 16, holder = (__ffs(__ballot_sync(0xffffffffu, mine == top)) - 1) / 4 * 4 + lane % 4;
-      Raw<Type> its;
+  // The token that a group stands for, as choose_inside finds it. ``sums``: of its chunks.
+  ATTNKIT_DEVICE static int chosen_of(const Raw<Type> (&raw)[4], const float (&sums)[4], float most, float scale, u32 word) {
+    float before[4], all = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) its.w[i] = __shfl_sync(0xffffffffu, chunk.w[i], holder);
-      float four[4], unused;
-      widen_four<Type>(its, four);
-      top = with_token(top, choose_inside(four, number, row.seed, row.offset, options(row), unused));
-    }
-    raise(row, top);
+    for (int c = 0; c < 4; ++c) before[c] = all, all = __fadd_rn(all, sums[c]);
+    const float reach = share_of(word, all);
+    int chunk = 3, at = 3;
+#pragma unroll
+    for (int c = 2; c >= 0; --c) chunk = __fadd_rn(before[c], sums[c]) > reach ? c : chunk;
+    float mass[4], sum = 0.0f;
+    masses_of(one_chunk(raw[0], raw[1], raw[2], raw[3], chunk), most, scale, mass);
+    const float passed = one_of(before, chunk);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mass[i] = sum = __fadd_rn(sum, mass[i]);
+#pragma unroll
+    for (int i = 2; i >= 0; --i) at = __fadd_rn(passed, mass[i]) > reach ? i : at;
+    return chunk * kChunk + at;
   }
 
-  // Tries groups of a block of which some may lead; the most hoped of first while the row has no leader.
-  ATTNKIT_DEVICE void contest(const FlowSpot<Type>& at, const Raw<Type> (&raw)[4][4], const FlowPeaks<Type>& peaks, const FlowWords& words) const {
+  // Tries groups of a block of which some may lead: each lane the one of which it hopes for most, until none may. Sums first, noise
+  // only where those still may lead; which token a group stands for is chosen at once, while logits are on their way, not at the row's
+  // end. Lanes may read different bests: all of a warp go on by votes.
+  ATTNKIT_DEVICE void contest(const FlowSpot<Type>& at, const Raw<Type> (&raw)[4][4], const FlowPeaks<Type>& peaks,
+                              const FlowWords& words) const {
     LeadRow& row = this->row_of(at.b);
     const bool cold = row.cold != 0;
     const float scale = scale_of(row);
-    u32 open = 15;
+    float hopes[4];  // -inf: none (any more)
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const float peak = peaks.of(u);
+      hopes[u] = peak == negative_infinity() ? peak : max_nan(hope_of(peak, scale, words.logs[u]), -kF32Max);
+    }
 #pragma unroll 1
     while (true) {
-      const u64 now = __shfl_sync(0xffffffffu, reached(row), 0);
-      if (now == kNaNSeen) return;
-      float least = least_hope(now, cold);
-      if (now == 0) {
-        const u32 most = __reduce_max_sync(0xffffffffu, order_key(most_hoped(peaks, scale, words, open)));
-        least = order_value(most) - (cold ? 0.0f : 2.5f * kOctave);
+      const u64 now = reached(row);
+      const float hope = max_nan(max_nan(hopes[0], hopes[1]), max_nan(hopes[2], hopes[3]));
+      const float least = now == 0 ? -kF32Max : least_hope(now, cold);
+      const int u = hopes[0] == hope ? 0 : hopes[1] == hope ? 1 : hopes[2] == hope ? 2 : 3;
+      const int group = at.inside(p) * (kBlock / 16) + u * 32 + lane;
+      bool may = now != kNaNSeen && hope != negative_infinity() && !(hope < least);
+      if (cold && now != 0) may = may && (hope != least || first_of_group(group) < best_id(now));
+      if (!__any_sync(0xffffffffu, may)) return;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) hopes[i] = i == u ? negative_infinity() : hopes[i];
+      Raw<Type> its[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) its[c] = one_chunk(raw[0][c], raw[1][c], raw[2][c], raw[3][c], u);
+      const float most = fminf(peaks.at(u), kF32Max);
+      u64 mine;
+      if (cold) {
+        mine = pack_best(most, first_of_group(group) + largest_of(its, most));
+      } else {
+        float sums[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          float mass[4];
+          masses_of(its[c], most, row.scale, mass);
+          sums[c] = ((mass[0] + mass[1]) + mass[2]) + mass[3];
+        }
+        const float times = log2_fast((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        may = may && (now == 0 || !(__fmaf_rn(times, kOctave, hope) < least + 4.0f * kOctave));
+        if (!__any_sync(0xffffffffu, may)) continue;
+        u32 inside[4];
+        philox_words(row.seed, row.offset, kInside, static_cast<u32>(group), inside);
+        const float score = noisy(__fadd_rn(warm(most, options(row)), __fmul_rn(times, kLn2)), one_of(words.w, u));
+        const int token = first_of_group(group) + chosen_of(its, sums, most, row.scale, inside[0]);
+        mine = score > negative_infinity() ? with_token(pack_best(score, group * 16), token) : 0;
       }
-      const int behind = cold && now != 0 ? best_id(now) : 0x7fffffff;
-      const int count = set_aside(at, raw, peaks, words, scale, least, behind, open);
-      if (count == 0) return;
-      try_aside(row, count, now, now == 0 ? negative_infinity() : least + 4.0f * kOctave);
+      if (hope != hope) mine = kNaNSeen;
+      raise(row, warp_max(may ? mine : 0));
       __syncwarp();
-      if (now != 0 && count <= kTried) return;
-      if (!__any_sync(0xffffffffu, !(most_hoped(peaks, scale, words, open) < least_hope(reached(row), cold)))) return;
     }
   }
 
@@ -251,19 +246,17 @@ struct Flow : Lead<Type, kFlowWarps, FlowShared<Type>> {
 template <int Type>
 ATTNKIT_DEVICE void sample_flow(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
-  FlowShared<Type>& s = *reinterpret_cast<FlowShared<Type>*>(memory);
-  const i64 all = static_cast<i64>(p.B) * p.blocks;
-  const int first = static_cast<int>(all * blockIdx.x / gridDim.x), end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
-  const Flow<Type> flow(p, s, first, end);
-  const int b = flow.first_row, rows = (end - 1) / p.blocks - b + 1;
-  const FlowSpot<Type> at(p, first + flow.warp);
-  if (at.n < end) ask_block_l2<Type>(p, at.b, at.inside(p));
-  flow.ask_options(b, rows);
+  FlowShared& s = *reinterpret_cast<FlowShared*>(memory);
+  const LeadShare share(p);
+  const Flow<Type> flow(p, s, share);
+  const FlowSpot<Type> at(p, share.first + flow.warp, share.row);
+  if (at.n < share.end) ask_block_l2<Type>(p, at.b, at.inside(p));
+  flow.ask_options();
   wait_for_previous_grid();
   launch_dependents();
-  flow.open_rows(b, rows);  // before the queue is full of logits
+  flow.open_rows();  // before the queue is full of logits
   Raw<Type> coming[4][4];
-  if (at.n < end) load_pieces<Type>(coming, p, at.b, at.inside(p) * kBlock, at.from);
+  if (at.n < share.end) load_pieces<Type>(coming, p, at.b, at.inside(p) * kBlock, at.from);
   __syncthreads();
   flow.run(at, coming);
 }

@@ -36,6 +36,20 @@ ATTNKIT_DEVICE u64 read_relaxed(const u64* p) {
   return x;
 }
 
+ATTNKIT_DEVICE int row_of_block(const SampleParams& p, int n) { return static_cast<int>(static_cast<u32>(n) / static_cast<u32>(p.blocks)); }
+
+// A CTA's blocks, and the row of the first. ``room``: how many each CTA has at the least. Memory waits for this at a launch's start,
+// so there is one division.
+struct LeadShare {
+  int first, end, row;
+
+  ATTNKIT_DEVICE LeadShare(const SampleParams& p) {
+    const int cta = static_cast<int>(blockIdx.x), more = p.B * p.blocks - p.room * static_cast<int>(gridDim.x);
+    first = cta * p.room + min(cta, more), end = first + p.room + (cta < more);
+    row = row_of_block(p, first);
+  }
+};
+
 // One warp's part in the rows of its CTA. ``Shared`` has what its warps keep, and the rows behind it.
 template <int Type, int Warps, class Shared>
 struct Lead {
@@ -43,29 +57,29 @@ struct Lead {
   Shared& s;
   const int lane, warp, first, end, first_row;  // blocks of the CTA, and the row of the first
 
-  ATTNKIT_DEVICE Lead(const SampleParams& p, Shared& s, int first, int end)
-      : p(p), s(s), lane(lane_id()), warp(threadIdx.x / 32), first(first), end(end), first_row(first / p.blocks) {}
+  ATTNKIT_DEVICE Lead(const SampleParams& p, Shared& s, const LeadShare& share)
+      : p(p), s(s), lane(lane_id()), warp(threadIdx.x / 32), first(share.first), end(share.end), first_row(share.row) {}
 
   ATTNKIT_DEVICE int place_of(int b) const { return b - first_row; }
   ATTNKIT_DEVICE LeadRow& row_of(int b) const { return reinterpret_cast<LeadRow*>(&s + 1)[place_of(b)]; }
 
   // ---- before the first block ----
 
-  // ``rows`` rows from b on are the CTA's. L2 may be asked before the grid before has ended: it stays coherent with who may
-  // still write.
-  ATTNKIT_DEVICE void ask_options(int b, int rows) const {
-    if (static_cast<int>(threadIdx.x) < rows) {
-      prefetch_l2(p.seeds + b + threadIdx.x);
-      if (p.temperature != nullptr) prefetch_l2(p.temperature + b + threadIdx.x);
+  // L2 may be asked before the grid before has ended: it stays coherent with who may still write.
+  ATTNKIT_DEVICE void ask_options() const {
+    const int b = first_row + static_cast<int>(threadIdx.x);
+    if (b * p.blocks < end) {
+      prefetch_l2(p.seeds + b);
+      if (p.temperature != nullptr) prefetch_l2(p.temperature + b);
     }
   }
-  ATTNKIT_DEVICE void open_rows(int b, int rows) const {
+  ATTNKIT_DEVICE void open_rows() const {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows; i += 32 * Warps) {
-      const RawOptions raw(p, b + i);
+    for (int b = first_row + static_cast<int>(threadIdx.x); b * p.blocks < end; b += 32 * Warps) {
+      const RawOptions raw(p, b);
       const RowOptions o = raw.use();
       const u64 seed = static_cast<u64>(raw.seed), offset = static_cast<u64>(raw.offset);
-      row_of(b + i) = {0, seed, offset, o.t, o.rt, o.rt * kLog2e, o.cold, 0, 0, Philox(seed, offset, kOfGroups)};
+      row_of(b) = {0, seed, offset, o.t, o.rt, o.rt * kLog2e, o.cold, 0, 0, Philox(seed, offset, kOfGroups)};
     }
   }
 
@@ -102,7 +116,7 @@ struct Lead {
     if (lane == 0) asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], %2;" : "=r"(old) : "r"(smem_address(&row.done)), "r"(blocks) : "memory");
     old = __shfl_sync(0xffffffffu, old, 0);
     if (old + blocks != share) return;
-    const u64 seen = early();
+    const u64 seen = share < p.blocks ? early() : 0;
     const u64 found = reached(row), best = found != 0 && found != kNaNSeen && row.cold == 0 ? choose(found) : found;
     if (lane == 0) meet(b, share, best, row.cold != 0, seen);
     __syncwarp();

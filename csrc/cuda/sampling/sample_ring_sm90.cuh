@@ -66,8 +66,8 @@ struct RingFloor {
 struct Ring : Lead<kF32, kRingWarps, RingShared> {
   const u32 slots, barriers;
 
-  ATTNKIT_DEVICE Ring(const SampleParams& p, RingShared& s, int first, int end)
-      : Lead(p, s, first, end), slots(smem_address(s.slots[warp])), barriers(smem_address(s.barriers[warp])) {}
+  ATTNKIT_DEVICE Ring(const SampleParams& p, RingShared& s, const LeadShare& share)
+      : Lead(p, s, share), slots(smem_address(s.slots[warp])), barriers(smem_address(s.barriers[warp])) {}
 
   // ---- reading ----
 
@@ -222,25 +222,23 @@ struct Ring : Lead<kF32, kRingWarps, RingShared> {
 ATTNKIT_DEVICE void sample_ring(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
   RingShared& s = *reinterpret_cast<RingShared*>(memory);
-  const i64 all = static_cast<i64>(p.B) * p.blocks;
-  const int first = static_cast<int>(all * blockIdx.x / gridDim.x), end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
-  const int b = first / p.blocks, rows = (end - 1) / p.blocks - b + 1;
-  const Ring ring(p, s, first, end);
-  const RingSpot at(p, first + ring.warp);
+  const LeadShare share(p);
+  const Ring ring(p, s, share);
+  const RingSpot at(p, share.first + ring.warp);
   RingSource from(p, at);
   if (ring.lane < kRingSlots) mbarrier_init(ring.barriers + ring.lane * 8, 1);
   mbarrier_init_fence();
   ring.keep_nothing();
-  if (at.n < end && from.left > 0 && elect_one()) prefetch_bulk(from.at, min(from.left, 4 * kPieceBytes));
-  ring.ask_options(b, rows);
+  if (at.n < share.end && from.left > 0 && elect_one()) prefetch_bulk(from.at, min(from.left, 4 * kPieceBytes));
+  ring.ask_options();
   wait_for_previous_grid();
   launch_dependents();
   __syncwarp();
-  if (at.n < end) {
+  if (at.n < share.end) {
 #pragma unroll
     for (int u = 0; u < kRingSlots; ++u) ring.ask(from, u);
   }
-  ring.open_rows(b, rows);
+  ring.open_rows();
   __syncthreads();
   ring.run(at, from);
 }

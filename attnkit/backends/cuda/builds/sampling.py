@@ -23,7 +23,7 @@ COUNTED_THREADS, COUNTED_SLOTS, COUNTED_BYTES, COUNTED_BIAS = 512, 2, (4096, 512
 LONG_BYTES, MOST_LONG, MOST_LISTED_LONG, LONG_COUNTED_BYTES = 101280, 4096, 8192, 84192
 #: Threads of the ring and the flow kernel, sizeof(RingShared) and sizeof(FlowShared) in csrc/cuda/sampling, and sizeof(LeadRow)
 #: in sample_lead_sm90.cuh there.
-LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 6144, 128
+LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 128, 128
 #: More than half of a multiprocessor's shared memory: were there room for two, some would get two CTAs of the next grid and
 #: others none.
 LEAD_ALONE = 116 * 1024
@@ -80,10 +80,17 @@ def fits_lead(B: int, V: int, sms: int) -> bool:
     return few and V <= 1 << 20 and B * -(-V // BLOCK) >= LEAD_BLOCKS * sms
 
 
-def lead_bytes(kind: int, B: int, V: int, sms: int) -> int:
+def lead_ctas(B: int, V: int, sms: int) -> int:
+    """CTAs that blocks are dealt out to: one a multiprocessor, or a few less where then none has parts of two rows and no warp
+    more blocks for it. More rows than multiprocessors: greedy choices are slower so."""
+    few, warps, work = sms // B * B, LEAD_THREADS // 32, B * -(-V // BLOCK)
+    return few if 16 * few >= 15 * sms and -(-work // (warps * few)) == -(-work // (warps * sms)) else sms
+
+
+def lead_bytes(kind: int, B: int, V: int, ctas: int) -> int:
     """Shared memory of the CTA with the most rows."""
     blocks = -(-V // BLOCK)
-    rows = min(B, -(-B * blocks // sms) // blocks + 2)
+    rows = min(B, -(-B * blocks // ctas) // blocks + 2)
     return max((RING_BYTES if kind == F32 else FLOW_BYTES) + LEAD_ROW_BYTES * rows, LEAD_ALONE)
 
 
