@@ -230,7 +230,7 @@ struct ArriveRow {
   // The largest logit's lowest id.
   ATTNKIT_DEVICE int choose_largest() {
     u64 best = 0;
-    float unused = 0.0f;
+    float logit = 0.0f;
 #pragma unroll 1
     for (int i = thread_here(); i < h.n; i += kArriveThreads) {
       const int v = first_of_group(h.number_of(i));
@@ -244,7 +244,7 @@ struct ArriveRow {
         }
       }
     }
-    return best_id(best_of_all(best, unused, 0));
+    return best_id(best_of_all(best, logit, (tells + 1) & 1));  // other CTAs may still read the half that was told last
   }
 
   // Nothing is told, once all have read what was. A probe may have been weighed meanwhile: the words' room is a list then.

@@ -264,14 +264,6 @@ struct FilterRow {
     }
   }
 
-  // ---- helpers of a CTA ----
-
-  ATTNKIT_DEVICE float warp_sum(float x) const {
-#pragma unroll
-    for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-  }
-
   // ---- the k first tokens, for any k ----
 
   // The k-th largest key of those that key_of(l, v, key) says count, over the cluster: all its bits by four counts.

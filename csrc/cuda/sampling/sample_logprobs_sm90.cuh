@@ -55,7 +55,7 @@ ATTNKIT_DEVICE void sample_logprobs(const SampleParams& p) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum += exp2_fast((fminf(x[i], kF32Max) - row.top) * kLog2e);
   });
-  sum = row.warp_sum(sum);
+  sum = warp_sum(sum);
   if (row.lane == 0) s.sums[row.warp] = __float_as_uint(sum);
   __syncthreads();
   if (threadIdx.x == 0) {

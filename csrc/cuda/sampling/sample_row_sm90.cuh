@@ -70,6 +70,12 @@ ATTNKIT_DEVICE u64 warp_max(u64 x) {
   return static_cast<u64>(most) << 32 | __reduce_max_sync(0xffffffffu, high == most ? static_cast<u32>(x) : 0u);
 }
 
+ATTNKIT_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
 // Sum of x over the CTA's threads before this one; all call. ``sums``: a place a warp.
 template <class Sum, int Warps>
 ATTNKIT_DEVICE u32 sum_before(u32 x, Sum (&sums)[Warps]) {

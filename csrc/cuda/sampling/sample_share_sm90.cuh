@@ -45,12 +45,6 @@ struct CutShared {
 };
 static_assert(sizeof(CutShared) == 20944, "CUT_BYTES");
 
-ATTNKIT_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
 // How a row is held back, and where this CTA's share of it lies.
 struct Share {
   int b, size, rank;

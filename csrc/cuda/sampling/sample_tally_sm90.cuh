@@ -1,7 +1,9 @@
 // Top-p alone over bf16 logits, in one launch: a CTA has a row and a multiprocessor to itself. Bulk copies bring the row into shared
 // memory, and as much of its end as there is room for stays there. While it comes, tokens are counted by their value, and what is
-// hoped of each group of 16 is kept. The counters then say of any token what precedes it, but for which of its equals do; so the
-// few groups that arrive early are read again and their tokens judged at once. A row that this leaves open is drawn by arrival.
+// hoped of each group of 16 is kept. The few groups that arrive early are read again, for when their tokens do, and the counters say
+// of each of those what precedes it, but for which of its equals do. A row that this leaves open is drawn by arrival.
+// From which value on to count, and when groups would arrive that weigh one, is worked out before the grid before has ended: from a
+// sample of the row and from options that are read too early, perhaps. A bad sample costs time alone; options are read again.
 #pragma once
 #include "sample_arrive_sm90.cuh"
 #include "sample_values_sm90.cuh"
@@ -11,38 +13,77 @@ namespace attnkit::sampling {
 constexpr int kTallyThreads = 1024, kTallyWarps = kTallyThreads / 32;
 constexpr int kSlotBytes = 8192, kSlotTokens = kSlotBytes / 2, kSlotPieces = kSlotTokens / kPiece;
 constexpr int kMostSlots = 64;          // of a row
-constexpr int kAheadSlots = 12;         // that are asked for before one is there
+constexpr int kAheadSlots = 8;          // that are asked for before one is there
+constexpr int kSamplers = 4;            // warps that have a sample of the row each, four tokens a lane
+constexpr int kBounds = 32;             // that are tried with each
+constexpr int kAsker = kTallyWarps - 1; // the warp that asks for the first slots
+constexpr int kWeighers = 16;           // the last warps, which weigh places
 constexpr int kMostTallied = 512;       // groups that arrive early
-constexpr int kCandidates = 64;         // of their tokens, those that may be drawn
-constexpr int kSampled = 16;            // tokens that a warp gives to the sample
+constexpr u32 kStruck = 0xffff;         // a group that is not of interest
+constexpr int kMostJudged = 128;        // of their tokens
 constexpr float kLeastTallied = 0.05f;  // of a smaller p few early tokens are kept
+constexpr float kNarrow = 0.2f;         // of a smaller p few early groups have one
 
-// A token that arrives early and is not refused. ``above``: what larger ones weigh.
-struct alignas(16) Candidate {
+// A token that arrives early. ``above``: what larger ones weigh, but for those that have no counter.
+struct alignas(16) Judged {
   u64 key;
-  int id;
-  u32 bits;
-  float above, mass;
-  u32 equals;  // tokens of its value
-  u32 state;
+  float above;
+  u16 bits, state;
+
+  ATTNKIT_DEVICE int id() const { return of_group_order(best_id(key)); }
 };
-enum CandidateState : u32 { kKept, kByRank, kTooClose };
+// What is not known by counters alone goes by its rank among its equals, or by what else has no counter.
+enum JudgedState : u16 { kKept, kRefused, kByRank, kByRest, kTooClose };
+enum Outcome : int { kNobody = -1, kOpen = -2, kDrawn = -3 };  // of those that arrived nobody is kept; the row is left open
+
+// A row's options, read past L1, which would keep what is read before the grid before has ended.
+struct TallyOptions {
+  float t, top_p;
+  u64 seed, offset;
+
+  ATTNKIT_DEVICE TallyOptions() {}
+  ATTNKIT_DEVICE TallyOptions(const SampleParams& p, int b)
+      : t(read(p.temperature, p.temperature_value, b)),
+        top_p(read(p.top_p, p.top_p_value, b)),
+        seed(read(p.seeds, i64{0}, b)),
+        offset(read(p.offset, p.offset_value, b)) {}
+  ATTNKIT_DEVICE bool operator==(const TallyOptions& x) const {
+    const bool floats = __float_as_uint(t) == __float_as_uint(x.t) && __float_as_uint(top_p) == __float_as_uint(x.top_p);
+    return floats && seed == x.seed && offset == x.offset;
+  }
+
+ private:
+  ATTNKIT_DEVICE static float read(const float* from, float value, int b) {
+    if (from != nullptr) asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(from + b) : "memory");
+    return value;
+  }
+  ATTNKIT_DEVICE static u64 read(const i64* from, i64 value, int b) {
+    if (from != nullptr) asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from + b) : "memory");
+    return static_cast<u64>(value);
+  }
+};
 
 // Shared memory; what is hoped of groups follows, then slots. Mirrors TALLY_BYTES in attnkit/backends/cuda/builds/sampling.py.
-struct TallyShared {
+struct alignas(128) TallyShared {
   u32 counters[Values::kPlaces];
-  float after[kTallyThreads];  // what the places after a thread's four weigh, of its warp
+  float after[kTallyThreads];      // what the places after each four weigh, of 32 such
+  float after_warps[kTallyWarps];  // what the places after 32 fours weigh
+  float counted, margin;           // all of them; how far from what is wanted a sum has to be to decide
+  u32 lowest;                      // place from which on tokens may be kept, or some that are not
+  float light;                     // the logarithm of what a group weighs at the least that has a token that may be kept
   u64 landed[kMostSlots], taken[kMostSlots];
-  Candidate candidates[kCandidates];
-  alignas(16) float2 sample[kTallyWarps][kSampled];  // logit, mass
+  Judged judged[kMostJudged];
   float sums[kTallyWarps], masses[kTallyWarps];
-  u32 tops[kTallyWarps], below[kTallyWarps], equal[kTallyWarps];
-  u32 all;
+  u32 sampled[kSamplers][kBounds];                 // masses by the bounds that they are between
+  float most_sampled[kSamplers], from[kSamplers];  // the largest of a sample, and from where on it would have tokens counted
+  u32 stale;                                       // options were read too early, or there may be tokens beyond the counters
   int chosen;
-  int n_early, n_open, n_candidates, unused;
-  u16 early[kMostTallied], open[kMostTallied];
+  int n_early, n_judged;
+  TallyOptions guess;
+  RowOptions o;  // of that
+  u16 early[kMostTallied];
 };
-static_assert(sizeof(TallyShared) == 30368, "TALLY_BYTES");
+static_assert(sizeof(TallyShared) == 25600, "TALLY_BYTES");
 
 struct Tally {
   const SampleParams& p;
@@ -54,13 +95,10 @@ struct Tally {
   const char* const held;
   const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
 
-  RowOptions o;
-  u64 seed, offset;
-  float top_p, scale, shift;  // a token's mass is 2^(logit scale + shift)
-  float reference;            // the logit of a mass of one
+  float scale, shift;  // a token's mass is 2^(logit scale + shift)
+  float reference;     // the logit of a mass of one
   Values values;
-  float whole, wanted, margin, counted;
-  float after_warp;  // lane i: what the places after warp i's weigh
+  float whole, wanted;
 
   ATTNKIT_DEVICE Tally(const SampleParams& p, char* memory)
       : p(p), s(*reinterpret_cast<TallyShared*>(memory)), b(static_cast<int>(blockIdx.x)), logits(p.logits + b * p.logits_b),
@@ -82,47 +120,95 @@ struct Tally {
     mbarrier_arrive_expect(barrier, bytes);
     bulk_load(smem_address(slot(i)), logits + i * kSlotBytes, bytes, barrier);
   }
-  // Where token v lies, which is even: in shared memory or not.
-  ATTNKIT_DEVICE u32 load_two(int v) const {
+  // Token v, which stays in shared memory or does not.
+  ATTNKIT_DEVICE u32 load_one(int v) const {
     const int i = v / kSlotTokens;
-    return *reinterpret_cast<const u32*>(i >= first_kept ? slot(i) + v % kSlotTokens * 2 : logits + v * 2);
+    return *reinterpret_cast<const u16*>(i >= first_kept ? slot(i) + v % kSlotTokens * 2 : logits + v * 2);
   }
 
-  // ---- before the row is there ----
+  // ---- before the grid before has ended ----
 
   ATTNKIT_DEVICE void open() const {
     const int t = static_cast<int>(threadIdx.x);
     reinterpret_cast<uint4*>(s.counters)[t] = make_uint4(0, 0, 0, 0);
-    if (t < kTallyWarps) s.below[t] = 0;
-    if (lane == 0) {
-      for (int i = warp; i < row_slots(); i += kTallyWarps) {
-        mbarrier_init(smem_address(&s.landed[i]), 1), mbarrier_init(smem_address(&s.taken[i]), kSlotPieces);
-      }
+    if (t == 0) s.stale = 0, s.n_early = s.n_judged = 0;
+  }
+
+  ATTNKIT_DEVICE void take(const TallyOptions& guess) {
+    RawOptions raw;
+    raw.t = guess.t, raw.repetition = 1.0f;
+    const RowOptions o = raw.use();
+    if (threadIdx.x == 0) s.guess = guess, s.o = o;
+    scale = o.rt * kLog2e;
+  }
+
+  // The first slots, as soon as it has ended. A warp's work.
+  ATTNKIT_DEVICE void ask_first() const {
+    for (int i = lane; i < row_slots(); i += 32) {
+      mbarrier_init(smem_address(&s.landed[i]), 1), mbarrier_init(smem_address(&s.taken[i]), kSlotPieces);
     }
-    if (t == 0) s.all = 0, s.n_early = s.n_open = s.n_candidates = 0;
     mbarrier_init_fence();
+    __syncwarp();
+    wait_for_previous_grid();
+    launch_dependents();
+    if (lane < min(kAheadSlots, row_slots())) ask(lane);
+    __syncwarp();
   }
 
-  // Four tokens of each warp's sample in each of its first lanes.
+  // Four tokens for each lane of the samplers.
   ATTNKIT_DEVICE Raw<kBf16> ask_sample() const {
-    constexpr int kPlaces = kTallyWarps * kSampled / 4;
-    const int at = warp * (kSampled / 4) + lane;
-    if (lane >= kSampled / 4) return {{0xff80ff80u, 0xff80ff80u}};
-    return load_stream<kBf16>(logits + static_cast<i64>(p.V / 4 * at / kPlaces) * 8);
+    Raw<kBf16> four;
+    const int t = static_cast<int>(threadIdx.x);
+    const char* const from = logits + static_cast<i64>(p.V / 4) * t / (kSamplers * 32) * 8;
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=r"(four.w[0]), "=r"(four.w[1]) : "l"(from) : "memory");
+    return four;
   }
 
-  // The row's seed and offset past L1, which would keep what is read too early.
-  ATTNKIT_DEVICE static u64 fresh(const i64* at, i64 value, int b) {
-    asm volatile("{\n.reg .pred given;\nsetp.ne.u64 given, %1, 0;\n@given ld.relaxed.gpu.global.s64 %0, [%2];\n}" : "+l"(value) : "l"(at), "l"(at + b) : "memory");
-    return static_cast<u64>(value);
+  // From which value on tokens are counted, by a sampler: what lies below is to weigh somewhat less than what top-p leaves out. Of all
+  // samples the lowest bound is taken, as one that has by chance more large ones than others bounds too high.
+  ATTNKIT_DEVICE void find_bound(const Raw<kBf16>& sample, float top_p) const {
+    float x[4];
+    widen_four<kBf16>(sample, x);
+    const float mine = max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3]));
+    const float most = order_value(__reduce_max_sync(0xffffffffu, order_key(mine)));
+    u32* const sampled = s.sampled[warp];
+    sampled[lane] = 0;
+    __syncwarp();
+    constexpr float kOne = 1 << 24;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float power = (x[i] - most) * scale;
+      atomicAdd(&sampled[bound_after(power)], __float2uint_rn(exp2_fast(power) * kOne));
+    }
+    __syncwarp();
+    u32 below = sampled[lane];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_down_sync(0xffffffffu, below, step);
+      below += lane + step < 32 ? other : 0;
+    }
+    // The largest does not count: where it is far above the others a sample has too much of it.
+    const float all = __uint2float_rn(__shfl_sync(0xffffffffu, below, 0)) - kOne, enough = 0.85f * fmaxf(1.0f - top_p, 0.0f) * all;
+    const u32 fits = __ballot_sync(0xffffffffu, __uint2float_rn(below) <= enough);
+    // Of a row that is masked but for few tokens a sample says little, but few are counted.
+    const bool few = __popc(__ballot_sync(0xffffffffu, mine > negative_infinity())) < 24;
+    const int at = top_p >= 1.0f ? 0 : few || fits == 0 ? kBounds - 1 : __ffs(fits) - 1;
+    const float from = most - kBoundStep * static_cast<float>(at * at) * reciprocal(scale);
+    if (lane == 0) s.most_sampled[warp] = most, s.from[warp] = most > negative_infinity() ? from : -negative_infinity();
   }
-  ATTNKIT_DEVICE void ask_seed() { seed = fresh(p.seeds, 0, b), offset = fresh(p.offset, p.offset_value, b); }
+  // Bound i is so far below the sample's largest that a token weighs 2^(-i^2 kBoundStep) of it.
+  static constexpr float kBoundStep = 0.0234f;
+  ATTNKIT_DEVICE static int bound_after(float power) {
+    float r;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaxf(power * (-1.0f / kBoundStep), 0.0f)));
+    return __float2int_rz(fminf(r, kBounds - 1.0f));
+  }
 
-  // Minus the logarithm of each group's word.
-  ATTNKIT_DEVICE void load_words() const {
+  // Minus the logarithm of each group's word. By all but the asker.
+  ATTNKIT_DEVICE void load_words(u64 seed, u64 offset) const {
     const Philox groups(seed, offset, kOfGroups);
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x); c < p.blocks * 32; c += kTallyThreads) {
+    for (int c = static_cast<int>(threadIdx.x); c < p.blocks * 32; c += kAsker * 32) {
       u32 w[4];
       groups.words(static_cast<u32>(c), w);
       u16* const to = hopes + c / 32 * 128 + c % 32;
@@ -132,44 +218,6 @@ struct Tally {
   }
   ATTNKIT_DEVICE static u16 half_of(float x) { return static_cast<u16>(pack_f16(x, 0.0f)); }
 
-  // From which value on tokens are counted: what lies below weighs some eighth of what top-p leaves out, as a sample has it. False for
-  // a row that is not for here.
-  ATTNKIT_DEVICE bool find_bound(const Raw<kBf16>& sample) {
-    float x[4];
-    widen_four<kBf16>(sample, x);
-    const float most = max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3]));
-    const u32 top = __reduce_max_sync(0xffffffffu, order_key(most));
-    if (lane == 0) s.tops[warp] = top;
-    __syncthreads();
-    reference = order_value(__reduce_max_sync(0xffffffffu, s.tops[lane]));
-    shift = -reference * scale;
-    if (!(fabsf(reference) < kF32Max && fabsf(shift) < 1e30f && o.rt > 1e-20f && o.rt < 1e20f) || o.cold || !(top_p >= kLeastTallied)) return false;
-    if (lane < kSampled / 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s.sample[warp][lane * 4 + i] = make_float2(x[i], mass_of(x[i]));
-    }
-    __syncwarp();
-    float below = 0.0f, all = 0.0f;
-    const float bound = bound_of(lane);
-#pragma unroll
-    for (int i = 0; i < kSampled; i += 2) {
-      const float4 two = load_shared<float4>(smem_address(&s.sample[warp][i]));
-      all += two.y + two.w;
-      below += two.x < bound ? two.y : 0.0f;
-      below += two.z < bound ? two.w : 0.0f;
-    }
-    constexpr float kOne = 1 << 21;
-    atomicAdd(&s.below[lane], __float2uint_rn(below * kOne));
-    if (lane == 0) atomicAdd(&s.all, __float2uint_rn(all * kOne));
-    __syncthreads();
-    // The largest does not count: where it is far above the others a sample has too much of it.
-    const float enough = 0.12f * fmaxf(1.0f - top_p, 0.0f) * (__uint2float_rn(s.all) - kOne);
-    const u32 fits = __ballot_sync(0xffffffffu, __uint2float_rn(s.below[lane]) <= enough);
-    const float from = bound_of(top_p >= 1.0f ? 0 : fits == 0 ? 31 : __ffs(fits) - 1);
-    values = Values(fminf(from, Values::kMostBound));
-    return true;
-  }
-  ATTNKIT_DEVICE float bound_of(int i) const { return reference - 0.0234f * static_cast<float>(i * i) * reciprocal(scale); }
   ATTNKIT_DEVICE float mass_of(float x) const { return exp2_fast(__fmaf_rn(x, scale, shift)); }
 
   // ---- one read ----
@@ -196,23 +244,27 @@ struct Tally {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 
-  // A warp's pieces. What a lane's groups weigh.
+  // A warp's pieces, one of every fourth slot. What a lane's groups weigh.
   template <bool Positive>
   ATTNKIT_DEVICE float stream() const {
-    const int all = row_slots();
+    constexpr int kStep = kTallyWarps / kSlotPieces;
+    const int inside = warp % kSlotPieces;
+    int at = warp / kSlotPieces;
+    u32 landed = smem_address(&s.landed[at]), from = smem_address(held) + at * kSlotBytes + inside * (kPiece * 2) + lane * 8;
+    const u32 end = smem_address(held) + slots * kSlotBytes;
+    u16* hope = hopes + warp * 32 + lane;
     float sum = 0.0f;
 #pragma unroll 1
     for (int i = warp; i < pieces; i += kTallyWarps) {
-      const int at = i / kSlotPieces;
-      mbarrier_wait(smem_address(&s.landed[at]), 0);
-      if (i % kSlotPieces == 0 && at + kAheadSlots < all && elect_one()) ask(at + kAheadSlots);
-      const u32 from = smem_address(slot(at)) + i % kSlotPieces * (kPiece * 2) + lane * 8;
+      mbarrier_wait(landed, 0);
+      // Each warp in its turn.
+      if (i / kTallyWarps % kSlotPieces == inside && at + kAheadSlots < row_slots() && lane == 0) ask(at + kAheadSlots);
       Raw<kBf16> raw[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) raw[c] = load_raw<kBf16>(from + c * kChunk * 2);
       if (at < first_kept) {
         __syncwarp();
-        if (elect_one()) mbarrier_arrive(smem_address(&s.taken[at]));
+        if (lane == 0) mbarrier_arrive(landed + sizeof(s.landed));
       }
       if ((i + 1) * kPiece > p.V) {
 #pragma unroll
@@ -222,113 +274,135 @@ struct Tally {
       }
       const float mass = take<Positive>(raw);
       sum += mass;
-      u16* const hope = hopes + i * 32 + lane;
       *hope = half_of(log2_fast(mass) + f16_to_float(*hope));
+      hope += kTallyWarps * 32, at += kStep, landed += kStep * sizeof(u64), from += kStep * kSlotBytes;
+      if (from >= end) from -= slots * kSlotBytes;
     }
     return sum;
   }
 
   // ---- the choice ----
 
-  ATTNKIT_DEVICE static float warp_total(float x) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-  }
-
-  // What a thread's four places weigh, and what those after it do.
+  // What four places of each lane weigh, and what those after them do, of as many. By the weighers.
   ATTNKIT_DEVICE void weigh_places() const {
-    const int first = static_cast<int>(threadIdx.x) * 4;
-    const uint4 q = reinterpret_cast<const uint4*>(s.counters)[threadIdx.x];
-    const u32 n[4] = {q.x, q.y, q.z, q.w};
-    float to = 0.0f;
+#pragma unroll 1
+    for (int of = warp - (kTallyWarps - kWeighers); of < kTallyWarps; of += kWeighers) {
+      const int cell = of * 32 + lane;
+      const uint4 q = reinterpret_cast<const uint4*>(s.counters)[cell];
+      const u32 n[4] = {q.x, q.y, q.z, q.w};
+      float to = 0.0f, after = 0.0f;
+      if (__any_sync(0xffffffffu, (q.x | q.y | q.z | q.w) != 0)) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float mass = mass_of(values.value(first + i));
-      to += n[i] != 0 && first + i < Values::kRest ? __uint2float_rn(n[i]) * mass : 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          const float mass = mass_of(values.value(cell * 4 + i));
+          to += n[i] != 0 && cell * 4 + i < Values::kRest ? __uint2float_rn(n[i]) * mass : 0.0f;
+        }
+        to = sum_from(to, after);
+      }
+      s.after[cell] = after;
+      if (lane == 0) s.masses[of] = to;
     }
+    named_barrier(2, kWeighers * 32);
+    if (warp == kTallyWarps - kWeighers) {
+      float after;
+      const float to = sum_from(s.masses[lane], after);
+      s.after_warps[lane] = after;
+      if (lane == 0) s.counted = to;
+      set_margin();
+      __syncwarp();
+      find_lowest();
+    }
+  }
+  // A lane's sum and that of those after it; of those alone.
+  ATTNKIT_DEVICE float sum_from(float x, float& after) const {
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const float other = __shfl_down_sync(0xffffffffu, to, step);
-      to += lane + step < 32 ? other : 0.0f;
+      const float other = __shfl_down_sync(0xffffffffu, x, step);
+      x += lane + step < 32 ? other : 0.0f;
     }
-    const float after = __shfl_down_sync(0xffffffffu, to, 1);
-    s.after[threadIdx.x] = lane == 31 ? 0.0f : after;
-    if (lane == 0) s.masses[warp] = to;
+    after = __shfl_down_sync(0xffffffffu, x, 1);
+    if (lane == 31) after = 0.0f;
+    return x;
   }
-
   // Groups of which a token may arrive before ``time``.
   ATTNKIT_DEVICE void list_early(float time) const {
     const float log = log2_fast(time), least = -log - 0.1f - fabsf(log) * 2e-3f;
+    const u32 both = pack_f16(least, least);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < pieces * 4; i += kTallyThreads) {
       const uint4 q = reinterpret_cast<const uint4*>(hopes)[i];
       const u32 w[4] = {q.x, q.y, q.z, q.w};
-      u32 most = max_pairs<kF16>(max_pairs<kF16>(w[0], w[1]), max_pairs<kF16>(w[2], w[3]));
-      const float2 two = unpack(most, false);
-      if (!(max_nan(two.x, two.y) >= least)) continue;
+      u32 early = 0;  // a bit for each
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (!(f16_to_float(static_cast<u16>(w[j / 2] >> j % 2 * 16)) >= least)) continue;
-        const int at = atomicAdd(&s.n_early, 1);
-        if (at < kMostTallied) s.early[at] = static_cast<u16>(i * 8 + j);
+      for (int j = 0; j < 4; ++j) {
+        u32 is;
+        asm("set.ge.u32.f16x2 %0, %1, %2;" : "=r"(is) : "r"(w[j]), "r"(both));
+        early |= is & 0x10001u << j;
+      }
+#pragma unroll 1
+      for (; early != 0; early &= early - 1) {
+        const int j = __ffs(early) - 1, at = atomicAdd(&s.n_early, 1);
+        if (at < kMostTallied) s.early[at] = static_cast<u16>(i * 8 + j % 16 * 2 + j / 16);
       }
     }
   }
 
-  // Sixteen lanes take a group, unless it is -1: eight two tokens each, two more work out words. Those of its tokens that arrive from
-  // score ``floor`` on and may be kept are candidates.
-  ATTNKIT_DEVICE void judge_two(int group, float floor) const {
-    const int in = lane & 15, pair = in & 7, number = max(group, 0), v = first_of_group(number) + pair / 2 * kChunk + pair % 2 * 2;
-    const bool there = in < 8 && v < p.V;
-    const u32 two = there ? load_two(v) : 0xff80ff80u;
+  // Sixteen lanes take a group, unless it is struck, a token each. Notes those that arrive before ``time`` and may be kept.
+  ATTNKIT_DEVICE void note_two(u32 group, float time) const {
+    const int in = lane & 15, number = group != kStruck ? static_cast<int>(group) : 0;
+    const int v = first_of_group(number) + in / 4 * kChunk + in % 4;
+    const bool there = group != kStruck && v < p.V;
+    const u32 bits = there ? load_one(v) : 0xff80u;
+    // What needs no logit, while they come. Of four lanes with a chunk's tokens one works out their words, another may the group's.
+    const Noise kind = in == 1 ? kOfGroups : in == 5 ? kInside : kOfTokens;
     u32 words[4];
-    philox_words(seed, offset, in < 8 ? kOfTokens : in == 8 ? kOfGroups : kInside,
-                 static_cast<u32>(in < 8 ? v / 4 : in == 8 ? number / 128 * 32 + number % 32 : number), words);
-    const u32 word = __shfl_sync(0xffffffffu, one_of(words, number / 32), 8, 16), inside = __shfl_sync(0xffffffffu, words[0], 9, 16);
-    const float2 x = unpack(two, true);
-    float base = fmaxf(x.x, x.y);
+    philox_words(s.guess.seed, s.guess.offset, kind,
+                 static_cast<u32>(in == 1 ? number / 128 * 32 + number % 32 : in == 5 ? number : v / 4), words);
+    u32 word = 0;
 #pragma unroll
-    for (int step = 1; step < 8; step *= 2) base = fmaxf(base, __shfl_xor_sync(0xffffffffu, base, step));
-    const float mass[2] = {exp2_fast((x.x - base) * scale), exp2_fast((x.y - base) * scale)};
+    for (int i = 0; i < 4; ++i) {
+      const u32 one = __shfl_sync(0xffffffffu, words[i], 0, 4);
+      word = i == in % 4 ? one : word;
+    }
+    const u32 inside = __shfl_sync(0xffffffffu, words[0], 5, 16);
+    const float lasts = exponential(word), arrives = exponential(__shfl_sync(0xffffffffu, one_of(words, number / 32), 1, 16));
+    const float l = warm(reference, s.o), floor = less_log(l, time) + fabsf(l) * 1e-6f + 1e-3f;
+    const float x = __uint_as_float(bits << 16);
+    float base = x;
+#pragma unroll
+    for (int step = 1; step < 16; step *= 2) base = fmaxf(base, __shfl_xor_sync(0xffffffffu, base, step));
+    const float mass = exp2_fast((x - base) * scale);
     // As all implementations add: four neighbours, then chunks.
-    const float own = __fadd_rn(mass[0], mass[1]), left = __shfl_sync(0xffffffffu, own, in & 14, 16);
-    const float upto[2] = {in % 2 == 0 ? mass[0] : __fadd_rn(left, mass[0]), in % 2 == 0 ? own : __fadd_rn(__fadd_rn(left, mass[0]), mass[1])};
-    float before = 0.0f, all = 0.0f;
+    float upto = 0.0f, chunk = 0.0f, before = 0.0f, all = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float one = __shfl_sync(0xffffffffu, mass, i, 4);
+      chunk = i == 0 ? one : __fadd_rn(chunk, one);
+      if (i == in % 4) upto = chunk;
+    }
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      if (c == in / 2) before = all;
-      all = __fadd_rn(all, __shfl_sync(0xffffffffu, upto[1], 2 * c + 1, 16));
+      if (c == in / 4) before = all;
+      all = __fadd_rn(all, __shfl_sync(0xffffffffu, chunk, 4 * c, 16));
     }
-    const float reach = share_of(inside, all), time = __fmul_rn(exponential(word), reciprocal(all)), peak = warm(base, o);
-    const bool reached[2] = {__fadd_rn(before, upto[0]) > reach, __fadd_rn(before, upto[1]) > reach};
-    const u32 holders = __ballot_sync(0xffffffffu, reached[1]) >> (lane & 16) & 255u;
-    const bool first = in == __ffs(holders) - 1;
-    u32 early = 0;
-    float scores[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool is = first && (i == 0 ? reached[0] : !reached[0]);
-      const float wait = is ? 0.0f : __fmul_rn(exponential(in % 2 == 0 ? words[i] : words[2 + i]), reciprocal(mass[i]));
-      scores[i] = less_log(peak, __fadd_rn(time, wait));
-      if (group >= 0 && there && scores[i] >= floor && (i == 0 ? x.x : x.y) > negative_infinity()) early |= 1u << i;
-    }
-#pragma unroll 1
-    while (__any_sync(0xffffffffu, early != 0)) {
-      const int i = early & 1 ? 0 : 1;
-      judge(early != 0, i == 0 ? scores[0] : scores[1], i == 0 ? two & 0xffffu : two >> 16, v + i);
-      early &= early - 1;
-    }
+    const u32 holders = __ballot_sync(0xffffffffu, __fadd_rn(before, upto) > share_of(inside, all)) >> (lane & 16) & 0xffffu;
+    const float wait = in == __ffs(holders) - 1 ? 0.0f : __fmul_rn(lasts, reciprocal(mass));
+    const float score = less_log(warm(base, s.o), __fadd_rn(__fmul_rn(arrives, reciprocal(all)), wait));
+    if (!(there && score >= floor && x > negative_infinity()) || (s.guess.top_p < kNarrow && !may_be_kept(bits))) return;
+    const int to = atomicAdd(&s.n_judged, 1);
+    if (to < kMostJudged) s.judged[to].key = pack_best(score, group_order(v)), s.judged[to].bits = static_cast<u16>(bits);
+  }
+  ATTNKIT_DEVICE bool may_be_kept(u32 bits) const {
+    const u32 place = values.place(bits);
+    return (values.vague(place) ? values.near_zero() : place) >= s.lowest && (place < Values::kRest || s.counted < wanted + s.margin);
   }
 
-  // A token, if there is one: what precedes it, by the counters. Whole warps.
-  ATTNKIT_DEVICE void judge(bool is, float score, u32 bits, int id) const {
-    const u32 place = values.place(bits), near = values.near_zero();
-    const bool vague = near != Values::kRest && (place == near || place + 1 == near);
-    const u32 at = vague ? near : place, cell = at / 4;
-    float above = __shfl_sync(0xffffffffu, after_warp, static_cast<int>(cell / 32));
-    if (!is || (place >= Values::kRest && top_p < 1.0f)) return;  // those are refused
-    above += s.after[cell];
+  // What precedes a token, by the counters.
+  ATTNKIT_DEVICE void judge(Judged& one) const {
+    const u32 place = values.place(one.bits);
+    const bool vague = values.vague(place);
+    const u32 at = vague ? values.near_zero() : place, cell = at / 4;
+    float above = s.after_warps[cell / 32] + s.after[cell];
     const uint4 q = reinterpret_cast<const uint4*>(s.counters)[cell];
     const u32 n[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
@@ -337,206 +411,248 @@ struct Tally {
       const float more = __uint2float_rn(n[i]) * mass_of(values.value(after));
       above += n[i] != 0 && after > at && after < Values::kRest ? more : 0.0f;
     }
-    const u32 equals = s.counters[at] + (vague && at != 0 ? s.counters[at - 1] : 0);
+    const u32 equals = s.counters[at] + (vague ? s.counters[at - 1] : 0);
     const float mass = mass_of(values.value(at));
     u32 state = kTooClose;
-    if (top_p >= 1.0f || above + __uint2float_rn(equals - (vague ? 0 : 1)) * mass < wanted - margin) {
+    if (s.guess.top_p >= 1.0f) {
       state = kKept;
-    } else if (above >= wanted + margin) {
-      return;
+    } else if (place >= Values::kRest) {
+      state = s.counted >= wanted + s.margin ? kRefused : kByRest;
+    } else if (above + __uint2float_rn(equals - (vague ? 0 : 1)) * mass < wanted - s.margin) {
+      state = kKept;
+    } else if (above >= wanted + s.margin) {
+      state = kRefused;
     } else if (equals > 1 && !vague) {
       state = kByRank;
     }
-    const int to = atomicAdd(&s.n_candidates, 1);
-    if (to < kCandidates) s.candidates[to] = Candidate{pack_best(score, group_order(id)), id, bits, above, mass, equals, state};
+    one.above = above, one.state = static_cast<u16>(state);
   }
 
-  // How many tokens of a value precede one of them; by all.
-  ATTNKIT_DEVICE u32 rank_of(const Candidate& one) const {
-    const bool before = one.id < p.V / 2;
-    const int from = before ? 0 : one.id + 1, to = before ? one.id : p.V;
-    u32 n = count_equal(one.bits, from, to);
-    n = __reduce_add_sync(0xffffffffu, n);
-    __syncthreads();
-    if (lane == 0) s.equal[warp] = n;
-    __syncthreads();
-    n = __reduce_add_sync(0xffffffffu, s.equal[lane]);
-    return before ? n : one.equals - 1 - n;
-  }
-  // Of tokens ``from`` to ``to``, a thread's part.
-  ATTNKIT_DEVICE u32 count_equal(u32 bits, int from, int to) const {
-    const u32 both = bits << 16 | bits;
-    u32 sum = 0;  // of either half, as bf16: fewer than 256
+  // f(eight tokens, the first's id) for a thread's part of tokens ``from`` to ``to``, multiples of eight.
+  template <class F>
+  ATTNKIT_DEVICE void for_eights(int from, int to, F&& f) const {
+    constexpr int kAhead = 5;
     const int kept = min(first_kept * kSlotTokens, to), t = static_cast<int>(threadIdx.x);
-    constexpr int kAhead = 4;
 #pragma unroll 1
     for (int i = from / 8 + t; i * 8 < kept; i += kAhead * kTallyThreads) {
       uint4 q[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int v = (i + u * kTallyThreads) * 8;
-        q[u] = v < kept ? *reinterpret_cast<const uint4*>(logits + v * 2) : make_uint4(0, 0, 0, 0);
+        q[u] = *reinterpret_cast<const uint4*>(logits + (v < kept ? v : from) * 2);
       }
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) add_equal(sum, q[u], both, (i + u * kTallyThreads) * 8, from, min(to, kept));
+      for (int u = 0; u < kAhead; ++u) {
+        if ((i + u * kTallyThreads) * 8 < kept) f(q[u], (i + u * kTallyThreads) * 8);
+      }
     }
-#pragma unroll 1
-    for (int i = max(from, first_kept * kSlotTokens) / 8 + t; i * 8 < to; i += kTallyThreads) {
-      const uint4 q = load_shared<uint4>(smem_address(slot(i / (kSlotTokens / 8)) + i % (kSlotTokens / 8) * 16));
-      add_equal(sum, q, both, i * 8, from, to);
+    const u32 end = smem_address(held) + slots * kSlotBytes;
+    int i = max(from, first_kept * kSlotTokens) / 8 + t;
+    u32 at = smem_address(slot(i / (kSlotTokens / 8))) + i % (kSlotTokens / 8) * 16;
+#pragma unroll 4
+    for (; i * 8 < to; i += kTallyThreads) {
+      f(load_shared<uint4>(at), i * 8);
+      at += kTallyThreads * 16;
+      if (at >= end) at -= slots * kSlotBytes;
     }
+  }
+  // Over all threads.
+  ATTNKIT_DEVICE float sum_of(float x) const {
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane == 0) s.sums[warp] = x;
+    __syncthreads();
+    return warp_sum(s.sums[lane]);
+  }
+
+  // What precedes a token that the counters leave open. By all.
+  ATTNKIT_DEVICE float weigh_before(const Judged& one) const {
+    if (one.state == kByRest) return s.counted + sum_of(rest_before(one.bits, one.id()));
+    const u32 place = values.place(one.bits), equals = s.counters[place];
+    // Those before it are counted, or those after it: what stays in shared memory is near.
+    const int id = one.id();
+    const bool before = first_kept == 0 ? id < p.V / 2 : id < first_kept * kSlotTokens;
+    const float n = sum_of(count_equal(one.bits, id, before));
+    return one.above + (before ? n : __uint2float_rn(equals - 1) - n) * mass_of(values.value(place));
+  }
+  // How many tokens before ``id`` have a value, or after it; a thread's part.
+  ATTNKIT_DEVICE float count_equal(u32 bits, int id, bool before) const {
+    const u32 both = bits << 16 | bits;
+    const int eight = id & ~7, t = static_cast<int>(threadIdx.x);
+    u32 sum = 0;  // of either half, as bf16: fewer than 256
+    for_eights(before ? 0 : eight + 8, before ? eight : p.V, [&](const uint4& q, int) {
+      const u32 w[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        u32 equal;
+        asm("set.eq.bf16x2.bf16x2 %0, %1, %2;" : "=r"(equal) : "r"(w[i]), "r"(both));
+        asm("add.rn.bf16x2 %0, %0, %1;" : "+r"(sum) : "r"(equal));
+      }
+    });
+    const bool near = t < 8 && (before ? eight + t < id : eight + t > id) && load_one(eight + t) == bits;
     const float2 two = unpack(sum, true);
-    return __float2uint_rn(two.x + two.y);
+    return two.x + two.y + (near ? 1.0f : 0.0f);
   }
-  ATTNKIT_DEVICE static void add_equal(u32& sum, const uint4& q, u32 both, int v, int from, int to) {
-    const u32 w[4] = {q.x, q.y, q.z, q.w};
+  // What those tokens weigh that have no counter and precede one that has none; a thread's part.
+  ATTNKIT_DEVICE float rest_before(u32 bits, int id) const {
+    const float own = __uint_as_float(bits << 16);
+    float sum = 0.0f;
+    for_eights(0, p.V, [&](const uint4& q, int v) {
+      const u32 w[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      u32 equal;
-      asm("set.eq.bf16x2.bf16x2 %0, %1, %2;" : "=r"(equal) : "r"(w[i]), "r"(both));
-      const int at = v + 2 * i;
-      if (at < from || at >= to) equal &= 0xffff0000u;
-      if (at + 1 < from || at + 1 >= to) equal &= 0xffffu;
-      asm("add.rn.bf16x2 %0, %0, %1;" : "+r"(sum) : "r"(equal));
-    }
+      for (int i = 0; i < 8; ++i) {
+        const u32 one = i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u;
+        const float x = __uint_as_float(one);
+        const bool before = x > own || (x == own && v + i < id);
+        if (before && values.place(one >> 16) >= Values::kRest) sum += mass_of(x);
+      }
+    });
+    return sum;
   }
 
-  // The earliest of the candidates that is not refused, equals from id ``refused`` on being; -1 if there is none. A warp's work.
-  ATTNKIT_DEVICE int earliest(int refused) const {
-    const int n = s.n_candidates;
+  // The earliest of those that arrived and are not refused, or kNobody, or kOpen. ``anew``: none is judged yet. A warp's work.
+  ATTNKIT_DEVICE int earliest(bool anew) const {
+    const int n = s.n_judged;
+    if (n > kMostJudged || s.n_early > kMostTallied) return kOpen;
     u64 best = 0;
-    int at = -1;
-    if (n > kCandidates || s.n_early > kMostTallied) return -1;
-#pragma unroll
-    for (int i = 0; i < kCandidates; i += 32) {
-      const Candidate& one = s.candidates[i + lane];
-      if (i + lane < n && one.key > best && !(one.state == kByRank && one.id >= refused)) best = one.key, at = i + lane;
+    int at = kNobody;
+#pragma unroll 1
+    for (int i = lane; i < n; i += 32) {
+      Judged& one = s.judged[i];
+      if (anew) judge(one);
+      if (one.state != kRefused && one.key > best) best = one.key, at = i;
     }
+    __syncwarp();
     const u64 most = warp_max(best);
-    return __shfl_sync(0xffffffffu, at, __ffs(__ballot_sync(0xffffffffu, best == most)) - 1);  // -1 in all lanes if there is none
+    return __shfl_sync(0xffffffffu, at, __ffs(__ballot_sync(0xffffffffu, best == most)) - 1);
   }
 
-  // The token that is drawn; -1 if it is not known. All threads come to the same.
-  ATTNKIT_DEVICE int choose() const {
-    int refused = 0x7fffffff;
+  // Refuses a token, and its equals after it. A warp's work.
+  ATTNKIT_DEVICE void refuse(const Judged& last) const {
 #pragma unroll 1
-    while (true) {
+    for (int i = lane; i < s.n_judged; i += 32) {
+      Judged& one = s.judged[i];
+      if (one.state == last.state && one.bits == last.bits && one.id() >= last.id()) one.state = kRefused;
+    }
+    __syncwarp();
+  }
+
+  ATTNKIT_DEVICE void give(int id) const { p.tokens[b] = id, p.valid[b] = true; }
+
+  // Draws a token, or says why not. All threads come to the same.
+  ATTNKIT_DEVICE int choose() const {
+#pragma unroll 1
+    for (int round = 0;; ++round) {
       if (warp == 0) {
-        const bool known = top_p >= 1.0f || counted >= wanted + margin;
-        const int at = earliest(refused);
-        if (lane == 0) s.chosen = known ? at : -1;
+        int at = earliest(round == 0);
+        const Judged& one = s.judged[max(at, 0)];
+        if (at >= 0 && one.state == kKept) {
+          at = kDrawn;
+          if (lane == 0) give(one.id());
+        } else if (at >= 0 && (one.state == kTooClose || (one.state == kByRest && round > 2))) {
+          at = kOpen;
+        }
+        if (lane == 0) s.chosen = at;
       }
       __syncthreads();
-      const int at = s.chosen;
-      if (at < 0) return -1;
-      const Candidate one = s.candidates[at];
-      if (one.state != kByRank) return one.state == kKept ? one.id : -1;
-      const float precedes = one.above + __uint2float_rn(rank_of(one)) * one.mass;
-      if (precedes < wanted - margin) return one.id;
-      if (precedes < wanted + margin) return -1;
-      refused = one.id;
+      if (s.chosen < 0) return s.chosen;
+      const Judged one = s.judged[s.chosen];
+      const float precedes = weigh_before(one);
+      if (precedes < wanted - s.margin) {
+        if (threadIdx.x == 0) give(one.id());
+        return kDrawn;
+      }
+      if (precedes < wanted + s.margin) return kOpen;
+      if (warp == 0) refuse(one);
     }
   }
 
-  // From which place on tokens may be kept, or some that are not. Whole warps.
-  ATTNKIT_DEVICE u32 lowest_open() const {
-    const float enough = wanted + margin;
-    const int of = __popc(__ballot_sync(0xffffffffu, after_warp >= enough));
-    const float after = __shfl_sync(0xffffffffu, after_warp, of) + s.after[of * 32 + lane];
-    return 4 * (of * 32 + __popc(__ballot_sync(0xffffffffu, after >= enough)));
+  // From which place on tokens may be kept, and what a group weighs that has one. By the warp that added all up.
+  ATTNKIT_DEVICE void find_lowest() const {
+    const float enough = wanted + s.margin;
+    const int of = __popc(__ballot_sync(0xffffffffu, s.after_warps[lane] >= enough));
+    const float after = s.after_warps[of] + s.after[of * 32 + lane];
+    const u32 lowest = 4 * (of * 32 + __popc(__ballot_sync(0xffffffffu, after >= enough)));
+    const bool all = lowest == 0 || lowest >= Values::kRest || values.vague(lowest) || s.counted < enough;
+    if (lane == 0) s.lowest = lowest, s.light = all ? negative_infinity() : __fmaf_rn(values.value(lowest), scale, shift) - 0.15f;
   }
 
-  // Of the groups that arrive early, those that have a token that may be kept: where p is small few have.
-  ATTNKIT_DEVICE void list_open() const {
-    const u32 lowest = lowest_open();
+  // Strikes, of the groups that arrive early, those that weigh less than any token that may be kept: where p is small most do.
+  ATTNKIT_DEVICE void strike_light() const {
     const int i = static_cast<int>(threadIdx.x);
-    if (i >= min(s.n_early, kMostTallied)) return;
-    const int group = s.early[i], v = first_of_group(group);
-    u32 most = 0xff80ff80u;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      const int at = v + c / 2 * kChunk + c % 2 * 2;
-      if (at < p.V) most = max_pairs<kBf16>(most, load_two(at));
-    }
-    const float2 two = unpack(most, true);
-    const u32 place = values.place(__float_as_uint(fmaxf(two.x, two.y)) >> 16);
-    if (place >= lowest && place < Values::kRest) s.open[atomicAdd(&s.n_open, 1)] = static_cast<u16>(group);
+    const bool is = i < min(s.n_early, kMostTallied);
+    float mass = 0.0f;
+    if (warp < kTallyWarps - kWeighers) mass = mass_of_group(is ? s.early[i] : 0);
+    __syncthreads();
+    if (is && mass < s.light) s.early[i] = kStruck;
+    __syncthreads();
+  }
+  static_assert(kMostTallied <= (kTallyWarps - kWeighers) * 32);
+  // Its logarithm: what is hoped of a group, and its word's.
+  ATTNKIT_DEVICE float mass_of_group(int group) const {
+    u32 w[4];
+    philox_words(s.guess.seed, s.guess.offset, kOfGroups, static_cast<u32>(group / 128 * 32 + group % 32), w);
+    return f16_to_float(hopes[group]) - 32.0f + log2_fast(__uint2float_rn(one_of(w, group / 32)) + 0.5f);
   }
 
-  // The row's token, or -1.
-  ATTNKIT_DEVICE int draw() {
-    const float t = option(p.temperature, p.temperature_value, b);
-    top_p = option(p.top_p, p.top_p_value, b);
-    const u64 was_seed = seed, was_offset = offset;
-    ask_seed();
-    const Raw<kBf16> sample = ask_sample();
-    if (warp < min(kAheadSlots, row_slots()) && elect_one()) ask(warp);
-    RawOptions raw;
-    raw.t = t, raw.repetition = 1.0f;
-    o = raw.use();
-    scale = o.rt * kLog2e;
-    if (seed != was_seed || offset != was_offset) load_words();
-    if (!find_bound(sample)) return -1;
-    const float mine = warp_total(values.positive ? stream<true>() : stream<false>());
+  // True if the row's token is drawn.
+  ATTNKIT_DEVICE bool draw() {
+    reference = max_nan(max_nan(s.most_sampled[0], s.most_sampled[1]), max_nan(s.most_sampled[2], s.most_sampled[3]));
+    shift = -reference * scale;
+    const bool usual = fabsf(reference) < kF32Max && fabsf(shift) < 1e30f && scale > 1e-20f && scale < 1e20f && !s.o.cold;
+    if (!usual || !(s.guess.top_p >= kLeastTallied)) return false;
+    values = Values(fminf(fminf(fminf(s.from[0], s.from[1]), fminf(s.from[2], s.from[3])), Values::kMostBound));
+    const float mine = warp_sum(values.positive ? stream<true>() : stream<false>());
     if (lane == 0) s.sums[warp] = mine;
     __syncthreads();
-    whole = warp_total(s.sums[lane]);
-    if (!(whole < 1e30f)) return -1;
-    wanted = fminf(top_p, 1.0f) * whole;
-    const float time = (10.0f * reciprocal(fminf(top_p, 1.0f)) + 2.0f) * reciprocal(whole);
-    list_early(time);
-    weigh_places();
-    __syncthreads();
-    set_margin();
-    judge_early(time);
-    __syncthreads();
-    return choose();
-  }
-
-  // Candidates of all groups that arrive early.
-  ATTNKIT_DEVICE void judge_early(float time) {
-    const u16* list = s.early;
-    int found = min(s.n_early, kMostTallied);
-    if (found > 2 * kTallyWarps && top_p < 1.0f) {
-      weigh_warps();
-      list_open();
-      __syncthreads();
-      list = s.open, found = s.n_open;
-    } else if (2 * warp < found) {
-      weigh_warps();
-    }
-    if (2 * warp >= found) return;
-    const float l = warm(reference, o), floor = less_log(l, time) + fabsf(l) * 1e-6f + 1e-3f;
+    whole = warp_sum(s.sums[lane]);
+    if (!(whole < 1e30f)) return false;
+    const float top_p = fminf(s.guess.top_p, 1.0f);
+    wanted = top_p * whole;
+    float time = (10.0f * reciprocal(top_p) + 2.0f) * reciprocal(whole);
 #pragma unroll 1
-    for (int i = 2 * warp; i < found; i += 2 * kTallyWarps) judge_two(i + lane / 16 < found ? list[i + lane / 16] : -1, floor);
+    for (int tries = 0; tries < 3; ++tries, time *= 3.0f) {
+      list_early(time);
+      __syncthreads();
+      note_early(time);
+      __syncthreads();
+      if (s.stale != 0) return false;
+      const int outcome = choose();
+      if (outcome != kNobody) return outcome == kDrawn;
+      __syncthreads();
+      if (threadIdx.x == 0) s.n_early = s.n_judged = 0;
+      __syncthreads();
+    }
+    return false;
   }
 
-  // What the places after each warp's weigh, and all.
-  ATTNKIT_DEVICE void weigh_warps() {
-    float to = s.masses[lane];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const float other = __shfl_down_sync(0xffffffffu, to, step);
-      to += lane + step < 32 ? other : 0.0f;
+  // Notes tokens of the groups that arrive early, two groups a warp at a time. Places are weighed and options read again meanwhile.
+  ATTNKIT_DEVICE void note_early(float time) const {
+    if (warp >= kTallyWarps - kWeighers) weigh_places();
+    if (s.guess.top_p < kNarrow) strike_light();
+    if (warp == kAsker && !(TallyOptions(p, b) == s.guess)) s.stale = 1;
+    const int found = min(s.n_early, kMostTallied);
+#pragma unroll 1
+    for (int i = 2 * warp; i < found; i += 2 * kTallyWarps) {
+      const u32 group = i + lane / 16 < found ? s.early[i + lane / 16] : kStruck;
+      if (__any_sync(0xffffffffu, group != kStruck)) note_two(group, time);
     }
-    counted = __shfl_sync(0xffffffffu, to, 0);
-    const float after = __shfl_down_sync(0xffffffffu, to, 1);
-    after_warp = lane == 31 ? 0.0f : after;
   }
 
   // How far from what is wanted a sum has to be to decide.
-  ATTNKIT_DEVICE void set_margin() {
-    margin = whole * 8e-6f;
-    const u32 near = values.near_zero();
-    if (near == Values::kRest) return;
-    const u32 vague = s.counters[near] + (near != 0 ? s.counters[near - 1] : 0);
-    margin += __uint2float_rn(vague) * mass_of(0.0f) * (exp2_fast(Values::kNear * scale) - 1.0f);
+  ATTNKIT_DEVICE void set_margin() const {
+    float margin = whole * 8e-6f * (1.0f + fabsf(shift) * (1.0f / 64.0f));
+    const u32 near = values.near_zero(), vague = near == Values::kRest ? 0 : s.counters[near] + s.counters[near - 1];
+    if (vague != 0) margin += __uint2float_rn(vague) * mass_of(0.0f) * (exp2_fast(Values::kNear * scale) - 1.0f);
+    s.margin = margin;
+    // What lies beyond the counters is refused: if the least of it weighs more than the row, there is none.
+    if (s.guess.top_p < 1.0f && !(mass_of(values.value(Values::kRest)) > whole)) s.stale = 1;
   }
 
-  // What was asked for has landed.
-  ATTNKIT_DEVICE void drain(bool all) const {
-    const int last = all ? row_slots() : min(kAheadSlots, row_slots());
-    for (int i = static_cast<int>(threadIdx.x); i < last; i += kTallyThreads) mbarrier_wait(smem_address(&s.landed[i]), 0);
+  // What was asked for at first has landed.
+  ATTNKIT_DEVICE void drain() const {
+    const int t = static_cast<int>(threadIdx.x);
+    if (t < min(kAheadSlots, row_slots())) mbarrier_wait(smem_address(&s.landed[t]), 0);
   }
 };
 
@@ -549,19 +665,20 @@ __device__ __noinline__ void draw_open(const SampleParams& p, char* memory, int 
 ATTNKIT_DEVICE void sample_tally(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
   Tally row(p, memory);
+  Raw<kBf16> sample;
+  if (row.warp == kAsker) row.ask_first();
+  if (row.warp < kSamplers) sample = row.ask_sample();
   row.open();
-  // Seeds are read again after the grid before; mostly they are what they were, and the words are there.
-  row.ask_seed();
-  row.load_words();
-  __syncthreads();
-  wait_for_previous_grid();
-  launch_dependents();
-  const int token = row.draw();
-  if (token >= 0) {
-    if (threadIdx.x == 0) p.tokens[row.b] = token, p.valid[row.b] = true;
-    return;
+  const TallyOptions guess(p, row.b);
+  row.take(guess);
+  if (row.warp < kSamplers) row.find_bound(sample, guess.top_p);
+  if (row.warp != kAsker) {
+    row.load_words(guess.seed, guess.offset);
+    wait_for_previous_grid();
   }
-  row.drain(false);
+  __syncthreads();
+  if (row.draw()) return;
+  row.drain();
   __syncthreads();
   if (row.warp < kArriveWarps) draw_open(p, memory, row.b);
 }

@@ -23,6 +23,7 @@ struct Values {
     if (!positive) {
       const u32 down = bound < 0.0f && (whole & 0xffffu) != 0 ? cut + 1 : cut;
       from = ordered(down | down << 16) & 0xffffu;
+      if (from == 0) from = 0xffffu;  // zeros of either sign are equals
     }
     const u32 minus = (0u - from) & 0xffffu;
     less = minus << 16 | minus;
@@ -64,6 +65,11 @@ struct Values {
   ATTNKIT_DEVICE u32 near_zero() const {
     const u32 at = less & 0xffffu;
     return positive || at > kRest ? kRest : at;
+  }
+  // Whether a place is one of those two.
+  ATTNKIT_DEVICE bool vague(u32 place) const {
+    const u32 near = near_zero();
+    return near != kRest && (place == near || place + 1 == near);
   }
 };
 
