@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -145,24 +147,27 @@ def test_logits_that_temperature_lifts_beyond_all_floats(dtype, impl, device):
 @gpu
 @pytest.mark.parametrize(("impl", "device"), CUDA)
 def test_seeds_that_the_launch_before_writes(impl, device):
-    """They are read before it has ended, too: its tokens are the next launch's seeds, ten times over, in a graph as well."""
-    x = normal(100, 65536, BF16, seed=6)
+    """They are read before it has ended, too: its tokens are the next launch's seeds, in place and in a graph as well."""
+    x, first = normal(100, 65536, BF16, seed=6), torch.arange(100, device="cuda")
+    steps = [first, *(torch.empty_like(first) for _ in range(10))]
+    for seeds, out in itertools.pairwise(steps):
+        attnkit.sample(x, seed=seeds, top_p=0.9, out=out, impl=impl)
+    wants = [attnkit.sample(x, seed=seeds, top_p=0.9, impl="torch").tokens for seeds in steps[:-1]]
+    assert (torch.stack(wants) != torch.stack(steps[1:])).sum() <= 1
 
-    def chain(seeds, impl):
+    def in_place(seeds):
         for _ in range(10):
             attnkit.sample(x, seed=seeds, top_p=0.9, out=seeds, impl=impl)
 
-    want = torch.arange(100, device="cuda")
-    chain(want, "torch")
-    got = torch.arange(100, device="cuda")
-    chain(got, impl)
-    assert torch.equal(got, want)
+    got = first.clone()
+    in_place(got)
+    assert torch.equal(got, steps[-1])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        chain(got, impl)
-    got.copy_(torch.arange(100, device="cuda"))
+        in_place(got)
+    got.copy_(first)
     graph.replay()
-    assert torch.equal(got, want)
+    assert torch.equal(got, steps[-1])
 
 
 @gpu

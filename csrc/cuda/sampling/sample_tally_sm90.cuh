@@ -19,7 +19,6 @@ constexpr int kBounds = 32;             // that are tried with each
 constexpr int kAsker = kTallyWarps - 1; // the warp that asks for the first slots
 constexpr int kWeighers = 16;           // the last warps, which weigh places
 constexpr int kMostTallied = 512;       // groups that arrive early
-constexpr u32 kStruck = 0xffff;         // a group that is not of interest
 constexpr int kMostJudged = 128;        // of their tokens
 constexpr float kLeastTallied = 0.05f;  // of a smaller p few early tokens are kept
 constexpr float kNarrow = 0.2f;         // of a smaller p few early groups have one
@@ -78,12 +77,12 @@ struct alignas(128) TallyShared {
   float most_sampled[kSamplers], from[kSamplers];  // the largest of a sample, and from where on it would have tokens counted
   u32 stale;                                       // options were read too early, or there may be tokens beyond the counters
   int chosen;
-  int n_early, n_judged;
+  int n_early, n_open, n_judged;
   TallyOptions guess;
   RowOptions o;  // of that
-  u16 early[kMostTallied];
+  u16 early[kMostTallied], open[kMostTallied];
 };
-static_assert(sizeof(TallyShared) == 25600, "TALLY_BYTES");
+static_assert(sizeof(TallyShared) == 26624, "TALLY_BYTES");
 
 struct Tally {
   const SampleParams& p;
@@ -131,7 +130,7 @@ struct Tally {
   ATTNKIT_DEVICE void open() const {
     const int t = static_cast<int>(threadIdx.x);
     reinterpret_cast<uint4*>(s.counters)[t] = make_uint4(0, 0, 0, 0);
-    if (t == 0) s.stale = 0, s.n_early = s.n_judged = 0;
+    if (t == 0) s.stale = 0, s.n_early = s.n_open = s.n_judged = 0;
   }
 
   ATTNKIT_DEVICE void take(const TallyOptions& guess) {
@@ -347,11 +346,11 @@ struct Tally {
     }
   }
 
-  // Sixteen lanes take a group, unless it is struck, a token each. Notes those that arrive before ``time`` and may be kept.
-  ATTNKIT_DEVICE void note_two(u32 group, float time) const {
-    const int in = lane & 15, number = group != kStruck ? static_cast<int>(group) : 0;
+  // Sixteen lanes take a group, unless it is -1, a token each. Notes those that arrive before ``time`` and may be kept.
+  ATTNKIT_DEVICE void note_two(int group, float time) const {
+    const int in = lane & 15, number = max(group, 0);
     const int v = first_of_group(number) + in / 4 * kChunk + in % 4;
-    const bool there = group != kStruck && v < p.V;
+    const bool there = group >= 0 && v < p.V;
     const u32 bits = there ? load_one(v) : 0xff80u;
     // What needs no logit, while they come. Of four lanes with a chunk's tokens one works out their words, another may the group's.
     const Noise kind = in == 1 ? kOfGroups : in == 5 ? kInside : kOfTokens;
@@ -577,14 +576,13 @@ struct Tally {
     if (lane == 0) s.lowest = lowest, s.light = all ? negative_infinity() : __fmaf_rn(values.value(lowest), scale, shift) - 0.15f;
   }
 
-  // Strikes, of the groups that arrive early, those that weigh less than any token that may be kept: where p is small most do.
-  ATTNKIT_DEVICE void strike_light() const {
-    const int i = static_cast<int>(threadIdx.x);
-    const bool is = i < min(s.n_early, kMostTallied);
+  // Of the groups that arrive early, lists those that weigh as much as a token that may be kept: where p is small few do.
+  ATTNKIT_DEVICE void list_open() const {
+    const int i = static_cast<int>(threadIdx.x), found = min(s.n_early, kMostTallied), group = i < found ? s.early[i] : 0;
     float mass = 0.0f;
-    if (warp < kTallyWarps - kWeighers) mass = mass_of_group(is ? s.early[i] : 0);
+    if (warp < kTallyWarps - kWeighers) mass = mass_of_group(group);
     __syncthreads();
-    if (is && mass < s.light) s.early[i] = kStruck;
+    if (i < found && !(mass < s.light)) s.open[atomicAdd(&s.n_open, 1)] = static_cast<u16>(group);
     __syncthreads();
   }
   static_assert(kMostTallied <= (kTallyWarps - kWeighers) * 32);
@@ -620,7 +618,7 @@ struct Tally {
       const int outcome = choose();
       if (outcome != kNobody) return outcome == kDrawn;
       __syncthreads();
-      if (threadIdx.x == 0) s.n_early = s.n_judged = 0;
+      if (threadIdx.x == 0) s.n_early = s.n_open = s.n_judged = 0;
       __syncthreads();
     }
     return false;
@@ -629,14 +627,13 @@ struct Tally {
   // Notes tokens of the groups that arrive early, two groups a warp at a time. Places are weighed and options read again meanwhile.
   ATTNKIT_DEVICE void note_early(float time) const {
     if (warp >= kTallyWarps - kWeighers) weigh_places();
-    if (s.guess.top_p < kNarrow) strike_light();
+    const bool narrow = s.guess.top_p < kNarrow;
+    if (narrow) list_open();
     if (warp == kAsker && !(TallyOptions(p, b) == s.guess)) s.stale = 1;
-    const int found = min(s.n_early, kMostTallied);
+    const u16* const list = narrow ? s.open : s.early;
+    const int found = min(narrow ? s.n_open : s.n_early, kMostTallied);
 #pragma unroll 1
-    for (int i = 2 * warp; i < found; i += 2 * kTallyWarps) {
-      const u32 group = i + lane / 16 < found ? s.early[i + lane / 16] : kStruck;
-      if (__any_sync(0xffffffffu, group != kStruck)) note_two(group, time);
-    }
+    for (int i = 2 * warp; i < found; i += 2 * kTallyWarps) note_two(i + lane / 16 < found ? list[i + lane / 16] : -1, time);
   }
 
   // How far from what is wanted a sum has to be to decide.
