@@ -120,6 +120,15 @@ def test_refuses_what_was_not_measured_here(tree, change, says):
         receipt.build(run, junit, tree)
 
 
+def test_a_test_that_is_known_to_fail_stays_by_name(tree):
+    run, junit = outputs(tree, receipt.source_hash(tree))
+    built = receipt.build(run, junit, tree, {"t::f": "why"})
+    assert built["known"] == {"t::f": "why"} and built["tests"]["failed"] == 1
+    for name in ("t::p1", "t::s1", "t::other"):
+        with pytest.raises(receipt.Refused, match=name):
+            receipt.build(run, junit, tree, {name: "why"})
+
+
 def test_refuses_without_runs(tree):
     with pytest.raises(receipt.Refused, match="run `pytest perf/ --benchmark` first"):
         receipt.build(tree / "gone.json", [], tree)
@@ -138,6 +147,12 @@ def test_check(tree):
     good = {"source": receipt.source_hash(tree), "tests": {"failed": 0}, "rows": [1]}
     (results / "a.json").write_text(json.dumps(good))
     assert receipt.check(results, tree) == []
+    known = {"tests": {"failed": 1}, "known": {"t::f": "why"}}
+    (results / "a.json").write_text(json.dumps({**good, **known}))
+    assert receipt.check(results, tree) == []
+    (results / "a.json").write_text(json.dumps({**good, **known, "tests": {"failed": 2}}))
+    assert "1 tests failed" in receipt.check(results, tree)[0]
+    (results / "a.json").write_text(json.dumps(good))
     (results / "b.json").write_text(json.dumps({**good, "source": "old"}))
     (results / "c.json").write_text(json.dumps({**good, "tests": {"failed": 3}}))
     (results / "d.json").write_text("{")
