@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,6 +67,25 @@ def penalties(B: int, V: int) -> dict[str, Any]:
 def both(logits: torch.Tensor, impl: str, **options):
     got = skip_if_declined(lambda: attnkit.sample(logits, impl=impl, **options))
     return got, attnkit.sample(logits, impl="torch", **options)
+
+
+def in_a_graph(draw: Callable[[torch.Tensor, torch.Tensor], Any], first: torch.Tensor, launches: int = 60) -> None:
+    """Draws with seeds that are the tokens of the launch before, written in their place, are those of one launch at a time."""
+    seeds = torch.empty_like(first)
+    for start in (first, first + 1000, first + 5000):
+        want = start
+        for _ in range(launches):
+            want, old = torch.empty_like(want), want
+            draw(old, want)
+            torch.cuda.synchronize()
+        if start is first:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(launches):
+                    draw(seeds, seeds)
+        seeds.copy_(start)
+        graph.replay()
+        assert torch.equal(seeds, want)
 
 
 @pytest.mark.parametrize(("impl", "device"), GPU)
@@ -278,3 +298,15 @@ def test_chi_square_over_several_blocks(options, impl, device):
     logits = x.expand(rows, V)
     tokens = torch.cat([attnkit.sample(logits, impl=impl, seed=77, offset=r, **options).tokens for r in range(rounds)])
     assert abs(chi_square_z(tokens.cpu(), p)) < 5
+
+
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("B", [3, 100])
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_seeds_in_whose_place_tokens_go(options, B, dtype, impl, device):
+    """In a graph a launch begins before the one before it has ended."""
+    x = normal(B, 32768, dtype, seed=B)
+    in_a_graph(
+        lambda seeds, out: attnkit.sample(x, seed=seeds, out=out, impl=impl, **options), torch.arange(B, device="cuda"), 20
+    )

@@ -352,9 +352,8 @@ struct ArriveMemory {
 
 // Row b, of which this CTA has ``n`` groups.
 template <int Type, bool Penalised>
-ATTNKIT_DEVICE void draw_by_arrival(const SampleParams& p, const ArriveMemory& m, int b, int size, int rank, int n) {
-  const RawOptions raw(p, b);
-  const float top_p = option(p.top_p, p.top_p_value, b);
+ATTNKIT_DEVICE void draw_by_arrival(const SampleParams& p, const ArriveMemory& m, const RawOptions& raw, float top_p, int b, int size,
+                                    int rank, int n) {
   const RowOptions o = raw.use();
   if (thread_here() == 0) m.s.options = o, m.s.seed = static_cast<u64>(raw.seed), m.s.offset = static_cast<u64>(raw.offset);
   const RowPointers r = row_pointers<Type>(p, b);
@@ -366,6 +365,11 @@ ATTNKIT_DEVICE void draw_by_arrival(const SampleParams& p, const ArriveMemory& m
   }
   const int token = ArriveRow<Type, Penalised>(share, top_p).choose();
   if (rank == 0 && thread_here() == 0) p.tokens[b] = token, p.valid[b] = true;
+}
+
+template <int Type, bool Penalised>
+ATTNKIT_DEVICE void draw_by_arrival(const SampleParams& p, const ArriveMemory& m, int b, int size, int rank, int n) {
+  draw_by_arrival<Type, Penalised>(p, m, RawOptions(p, b), option(p.top_p, p.top_p_value, b), b, size, rank, n);
 }
 
 template <int Type, bool Penalised>

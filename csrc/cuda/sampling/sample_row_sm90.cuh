@@ -70,7 +70,8 @@ ATTNKIT_DEVICE u64 warp_max(u64 x) {
   return static_cast<u64>(most) << 32 | __reduce_max_sync(0xffffffffu, high == most ? static_cast<u32>(x) : 0u);
 }
 
-ATTNKIT_DEVICE float warp_sum(float x) {
+template <class T>
+ATTNKIT_DEVICE T warp_sum(T x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;

@@ -42,9 +42,9 @@ COUNTED_FREE, COUNTED_ROW, COUNTED_MANY = 32768, 2400, 65536
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
 ARRIVE_THREADS, ARRIVE_BYTES = 512, 7440 + 4 * 16384
 MOST_LOCAL = (227 * 1024 - ARRIVE_BYTES) // (10 * BLOCK // GROUP) * (BLOCK // GROUP)
-#: Threads of the kernel for top-p alone over bf16, sizeof(TallyShared) in csrc/cuda/sampling/sample_tally_sm90.cuh, bytes of a
-#: slot there and slots of a row at the most, and how many rows make that kernel the sooner.
-TALLY_THREADS, TALLY_BYTES, SLOT_BYTES, MOST_SLOTS, LEAST_TALLIED = 1024, 26624, 8192, 64, 24
+#: Threads of the kernel for top-p alone over bf16, sizeof(TallyShared) in csrc/cuda/sampling/sample_tally_row_sm90.cuh,
+#: bytes of a slot there and slots of a row at the most, and how many rows make that kernel the sooner.
+TALLY_THREADS, TALLY_BYTES, SLOT_BYTES, MOST_SLOTS, LEAST_TALLIED = 1024, 26752, 8192, 64, 24
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
