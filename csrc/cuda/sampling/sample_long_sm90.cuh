@@ -107,7 +107,7 @@ ATTNKIT_DEVICE uint2 chunk_peaks(const Raw<Type> (&raw)[4]) {
 template <int Type>
 struct LongRow {
   static constexpr int kMost = 8192, kBytes = Type == kF32 ? 4 : 2;
-  // Shared memory; peaks of chunks follow, and in their place, once chunks are listed, what noise takes off tokens. Mirrors LONG_BYTES in
+  // Shared memory; peaks of chunks follow, and in their place, once chunks are listed, the words of tokens. Mirrors LONG_BYTES in
   // attnkit/backends/cuda/builds/sampling.py.
   struct alignas(16) Shared {
     AnyShared any;
@@ -246,8 +246,8 @@ struct LongRow {
   }
 
   ATTNKIT_DEVICE bool whole_chunks() const { return any.r.logits_wide && p.V % 4 == 0; }
-  // From each listed token's logit by noise.
-  ATTNKIT_DEVICE float* taken() const { return reinterpret_cast<float*>(chunks); }
+  // Each listed token's word.
+  ATTNKIT_DEVICE u32* words() const { return reinterpret_cast<u32*>(chunks); }
 
   // Four of a warp's blocks: a bit for each chunk, then one by one.
   ATTNKIT_DEVICE void list_chunks(int block, u32 least) const {
@@ -275,16 +275,7 @@ struct LongRow {
     }
   }
 
-  // What noise takes off a token's logit.
-  ATTNKIT_DEVICE static float taken_off(u32 word) { return __fmul_rn(log2_fast(exponential(word)), kLn2); }
-  ATTNKIT_DEVICE static void taken_off(const Philox& noise, u32 v, float (&taken)[4]) {
-    u32 w[4];
-    noise.words(v / 4, w);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) taken[j] = taken_off(w[j]);
-  }
-
-  // ``Width`` neighbours of a chunk at a time, ``Ahead`` of them on their way; a whole chunk's noise is worked out meanwhile.
+  // ``Width`` neighbours of a chunk at a time, ``Ahead`` of them on their way; a whole chunk's words are worked out meanwhile.
   template <int Width, int Ahead>
   ATTNKIT_DEVICE void list_tokens(float from) const {
     constexpr u32 kOf = 4 / Width;
@@ -306,10 +297,10 @@ struct LongRow {
         x[u].ask(row + v[u] * static_cast<u32>(kBytes), is);
         bar[u] = is ? from : __uint_as_float(0x7fffffffu);
       }
-      float noises[Ahead][4];
+      u32 w[Ahead][4];
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
-        if (Width == 4 && i - any.lane + u * kTopkThreads < items) taken_off(noise, v[u], noises[u]);
+        if (Width == 4 && i - any.lane + u * kTopkThreads < items) noise.words(v[u] / 4, w[u]);
       }
       u32 n = 0;
 #pragma unroll
@@ -321,16 +312,16 @@ struct LongRow {
       }
       const int at = place_of(n, &s.n);
       if (at + static_cast<int>(n) > kMost) continue;
-      u32 to = smem_address(s.keys + at), taken_to = smem_address(taken() + at);
+      u32 to = smem_address(s.keys + at), word_to = smem_address(words() + at);
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
 #pragma unroll
         for (int j = 0; j < Width; ++j) {
           asm volatile(
               "{\n.reg .pred is;\nsetp.ge.f32 is, %2, %3;\n@is st.shared.v2.b32 [%0], {%4, %2};\n@is add.u32 %0, %0, 8;\n"
-              "@is st.shared.f32 [%1], %5;\n@is add.u32 %1, %1, 4;\n}"
-              : "+r"(to), "+r"(taken_to)
-              : "f"(x[u].logit(j)), "f"(bar[u]), "r"(v[u] + inside + j), "f"(noises[u][j])
+              "@is st.shared.b32 [%1], %5;\n@is add.u32 %1, %1, 4;\n}"
+              : "+r"(to), "+r"(word_to)
+              : "f"(x[u].logit(j)), "f"(bar[u]), "r"(v[u] + inside + j), "r"(w[u][j])
               : "memory");
         }
       }
@@ -357,7 +348,7 @@ struct LongRow {
       const u32 cell = cells.within(logit);
       count_one(s.tokens_in, cell);
       if (weigh) atomicAdd(s.masses + cell, mass_of(logit, top, unit));
-      if (!whole) taken()[i] = taken_off(s.noise.word(static_cast<int>(one)));
+      if (!whole) words()[i] = s.noise.word(static_cast<int>(one));
     }
     __syncthreads();
   }
@@ -391,7 +382,7 @@ struct LongRow {
       const u64 key = s.keys[i];
       const float logit = any.logit_of(key);
       const u32 cell = cells.within(logit);
-      const u64 score = pack_best(__fsub_rn(logit, taken()[i]), best_id(key));
+      const u64 score = pack_best(noisy(logit, words()[i]), best_id(key));
       const bool is = cell <= last && static_cast<float>(s.masses[cell]) < end && logit >= least && key > limit;
       if (is && score > best) best = score, own = key;
     }
