@@ -16,8 +16,8 @@ constexpr int kSamplers = 4;            // warps that have a sample of the row e
 constexpr int kBounds = 32;             // that are tried with each
 constexpr int kAsker = kTallyWarps - 1; // the warp that asks for the first slots
 constexpr int kWeighers = 11;           // the last warps, which weigh places
-constexpr int kNoters = kTallyWarps - kWeighers;
-constexpr int kOpeners = 12;            // that note tokens of groups that are left where p is small; the others list equals
+constexpr int kNoters = kTallyWarps - kWeighers;  // the others, which list groups that arrive early and note their tokens
+constexpr int kOpeners = 12;            // the first warps, which note tokens where p is small; the others list equals
 constexpr int kMostEquals = 32;         // of the value at which top-p ends, that are listed
 constexpr int kMostTallied = 512;       // groups that arrive early
 constexpr int kMostJudged = 128;        // of their tokens
@@ -32,8 +32,8 @@ struct alignas(16) Judged {
 
   ATTNKIT_DEVICE int id() const { return of_group_order(best_id(key)); }
 };
-// What is not known by these sums alone goes by its rank among its equals and closer sums, or by what else has no counter. What is near
-// to zero has equals that are none.
+// What these sums leave open: kByRank, how many of its equals precede it, and sums in double precision where floats are too close;
+// kByRest, what else has no counter; kTooClose, nothing here, as others share the places of what is near to zero.
 enum JudgedState : u16 { kKept, kRefused, kByRank, kByRest, kTooClose };
 enum Outcome : int { kNobody = -1, kDrawn = -2 };  // of those that arrived nobody is kept
 
@@ -93,7 +93,7 @@ struct alignas(128) TallyShared {
   };
   float most_sampled[kSamplers], from[kSamplers];  // the largest of a sample, and from where on it would have tokens counted
   u32 stale;                                       // options were read too early, or there may be tokens beyond the counters
-  int chosen, then;                                // who is to be looked at closer; after that was
+  int chosen, then;                                // who is to be looked at closer; who is after that
   int n_early, n_open, n_judged, n_holders, n_equals;
   TallyOptions guess;
   RowOptions o;  // of that
@@ -157,7 +157,7 @@ struct TallyRow {
     if (t == 0) s.stale = 0, s.rank = 0, s.ranked = 0, s.n_early = s.n_open = s.n_judged = s.n_holders = s.n_equals = 0;
   }
 
-  // The row's options, by one thread for all but the asker: another may read others.
+  // The row's options, by one thread for all but the asker: while the grid before still writes them two threads may read different ones.
   ATTNKIT_DEVICE void read_options() {
     if (threadIdx.x == 0) {
       const TallyOptions guess(p, b);

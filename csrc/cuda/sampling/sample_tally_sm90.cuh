@@ -471,7 +471,7 @@ struct Tally : TallyRow {
     return s.then;
   }
 
-  // Goes on where that token is none that the counters alone decide. True if one is drawn. By all, who have forgotten what they knew.
+  // Goes on where that token is none that the counters alone decide, by all, with what shared memory has. True if one is drawn.
   ATTNKIT_DEVICE bool look_closer(int chosen) {
     take_bound(), take_whole();
 #pragma unroll 1
@@ -503,6 +503,7 @@ struct Tally : TallyRow {
     take_whole();
     if (!(whole < 1e30f)) return kNobody;
     const bool narrow = s.guess.top_p < kNarrow;
+    // Of 60 000 rows one has no token by then that is kept.
     note_early((11.0f * reciprocal(fminf(s.guess.top_p, 1.0f)) + 2.0f) * reciprocal(whole), narrow);
     if (warp == 0) {
       int at = kNobody;
