@@ -16,8 +16,9 @@ from perf import peers
 from perf.calls import calls, cases
 from perf.receipt import ROOT
 
-#: Seconds that an op's first call may take, and microseconds of host time that an eager paged_decode may.
-FIRST_LIMIT, HOST_LIMIT = 2.0, 15.0
+#: Seconds that an op's first call may take; microseconds of host time that an eager paged_decode may, or which share of the
+#: quickest library's, whatever is more: a host that others use takes twice as long for both.
+FIRST_LIMIT, HOST_LIMIT, HOST_SHARE = 2.0, 15.0, 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -69,5 +70,5 @@ def peers_host_us() -> dict[str, float]:
 
 def test_host_cost(bench):
     bench.calls["host time of a call, us"] = found = {name: host_us(call) for name, call in calls()}
-    bench.calls["of the quickest library's, us"] = peers_host_us()
-    assert found["paged_decode"] <= HOST_LIMIT
+    bench.calls["of the quickest library's, us"] = quickest = peers_host_us()
+    assert found["paged_decode"] <= max(HOST_LIMIT, HOST_SHARE * quickest.get("paged_decode", 0.0))
