@@ -1,4 +1,4 @@
-"""Two checkouts in turn: `python -m perf.turns OTHER --family sampling --match p0.9`.
+"""This checkout and others in turn: `python -m perf.turns OTHER... --family sampling --match p0.9`.
 
 Each is served by a process of its own, with its own attnkit, builds and cases, over the same inputs, and only one runs at a
 time. So what an edit gained is a ratio of the same moments, case by case, and a change of results shows beside it. OTHER is a
@@ -159,29 +159,30 @@ class Checkout:
         self._process.wait(timeout=60)
 
 
-def compare(here: Checkout, there: Checkout, family: str, case: str, impl: str | None, rounds: int) -> dict[str, Any]:
-    """A case of both: medians, the median ratio of a round (above 1: this checkout is the quicker), and what differs."""
+def compare(checkouts: Sequence[Checkout], family: str, case: str, impl: str | None, rounds: int) -> list[dict[str, Any]]:
+    """A case of each: its median, the median ratio of a round to the first's (above 1: the first is the quicker), what differs."""
     from attnkit.timing import Paired, order
 
-    both = {c.name: c for c in (here, there)}
-    opened = {name: c.ask("open", family=family, case=case, impl=impl) for name, c in both.items()}
-    us: dict[str, list[float]] = {name: [] for name in both}
+    named = {c.name: c for c in checkouts}
+    opened = {name: c.ask("open", family=family, case=case, impl=impl) for name, c in named.items()}
+    us: dict[str, list[float]] = {name: [] for name in named}
     warm = time.monotonic() + WARM
     while time.monotonic() < warm:
-        for c in both.values():
+        for c in named.values():
             c.ask("time")
     for turn in range(rounds):
-        for name in order(list(both), turn):
-            us[name].append(both[name].ask("time")["us"])
-    for c in both.values():
+        for name in order(list(named), turn):
+            us[name].append(named[name].ask("time")["us"])
+    for c in named.values():
         c.ask("close")
-    paired = Paired.of(us, dict.fromkeys(us, 1), "turns")
-    return {
-        "kernels": [opened[c.name]["kernel"] for c in (there, here)],
-        "us": [paired.timings[c.name].us for c in (there, here)],
-        "ratio": paired.ratios[there.name],
-        "results": _difference(opened[there.name], opened[here.name]),
-    }
+    paired, first = Paired.of(us, dict.fromkeys(us, 1), "turns"), opened[checkouts[0].name]
+    return [
+        {
+            "kernel": opened[name]["kernel"], "us": paired.timings[name].us, "ratio": paired.ratios.get(name, 1.0),
+            "results": _difference(opened[name], first),
+        }
+        for name in named
+    ]  # fmt: skip
 
 
 def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from perf.cases import FAMILIES
 
     parser = argparse.ArgumentParser(prog="python -m perf.turns", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("other", type=Path, help="another checkout, built")
+    parser.add_argument("others", type=Path, nargs="+", metavar="OTHER", help="another checkout, built")
     parser.add_argument(
         "--family", nargs="*", choices=FAMILIES, default=list(FAMILIES), help="families of cases (default: all)"
     )
@@ -218,24 +219,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = list(chosen(asked.family, asked.match))
     if not wanted:
         raise SystemExit(f"turns: no case of {', '.join(asked.family)} has {asked.match!r} in its name")
+    others = [other.resolve() for other in asked.others]
+    alike = len({o.name for o in others}) < len(others)
+    names = [f"{o.name}-{i}" if alike else o.name for i, o in enumerate(others, 1)]
+    checkouts: list[Checkout] = []
     try:
-        there = Checkout("there", asked.other.resolve())
+        for name, root in (*zip(names, others, strict=True), ("", ROOT)):
+            checkouts.append(Checkout(name, root))
     except Failed as problem:
+        for c in checkouts:
+            c.end()
         raise SystemExit(f"turns: {problem}") from None
-    both = Checkout("here", ROOT), there
-    print(f"{'case':43}{'there us':>9}{'here us':>9}{'ratio':>7}  results")
+    checkouts = [checkouts[-1], *checkouts[:-1]]
+    print(f"{'case':43}{'here us':>9}" + "".join(f"{name[-8:] + ' us':>13}{'ratio':>7}" for name in names) + "  results")
     for family, case in wanted:
         try:
-            row = compare(*both, family, case, asked.impl, asked.rounds)
+            here, *rows = compare(checkouts, family, case, asked.impl, asked.rounds)
         except Failed as problem:
-            for c in both:
+            for c in checkouts:
                 c.ask("close")
             print(f"{case:43} {problem}", flush=True)
             continue
-        kernels = "" if row["kernels"][0] == row["kernels"][1] else f"  {row['kernels'][0]} -> {row['kernels'][1]}"
-        print(f"{case:43}{row['us'][0]:9.2f}{row['us'][1]:9.2f}{row['ratio']:7.3f}  {row['results']}{kernels}", flush=True)
-    for c in both:
+        print(f"{case:43}{here['us']:9.2f}" + "".join(f"{row['us']:13.2f}{row['ratio']:7.3f}" for row in rows), end="  ")
+        print(", ".join(_said(here, row) for row in rows), flush=True)
+    for c in checkouts:
         c.end()
+
+
+def _said(here: dict[str, Any], row: dict[str, Any]) -> str:
+    kernels = "" if row["kernel"] == here["kernel"] else f" ({row['kernel']}, here {here['kernel']})"
+    return f"{row['results']}{kernels}"
 
 
 if __name__ == "__main__":

@@ -57,6 +57,16 @@ def test_a_checkout_beside_itself(capsys):
     assert all("same bits" in row for row in rows)
 
 
+@pytest.mark.slow
+def test_several_checkouts(capsys, tmp_path):
+    here = str(turns.ROOT)
+    with pytest.raises(SystemExit, match="is no checkout"):
+        turns.main([here, str(tmp_path), "--family", "cache", "--match", "^write-T64-"])
+    turns.main([here, here + "/.", "--family", "cache", "--match", "^write-T64-", "--rounds", "3", "--impl", "torch"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.count("ratio") == 2 and rows and all(row.count("same bits") == 2 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["/nowhere", "--family", "cache"], "is no checkout"), ([".", "--match", "no such case"], "no case of")],
