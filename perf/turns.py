@@ -178,7 +178,7 @@ def compare(checkouts: Sequence[Checkout], family: str, case: str, impl: str | N
     paired, first = Paired.of(us, dict.fromkeys(us, 1), "turns"), opened[checkouts[0].name]
     return [
         {
-            "kernel": opened[name]["kernel"], "us": paired.timings[name].us, "ratio": paired.ratios.get(name, 1.0),
+            "kernel": opened[name]["kernel"], "us": paired.timings[name].us, "ratio": paired.ratios[name],
             "results": _difference(opened[name], first),
         }
         for name in named
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             c.end()
         raise SystemExit(f"turns: {problem}") from None
     checkouts = [checkouts[-1], *checkouts[:-1]]
-    print(f"{'case':43}{'here us':>9}" + "".join(f"{name[-8:] + ' us':>13}{'ratio':>7}" for name in names) + "  results")
+    print(f"{'case':43}{'here us':>9}" + "".join(f"{name[-5:] + ' us':>9}{'ratio':>7}" for name in names) + "  results")
     for family, case in wanted:
         try:
             here, *rows = compare(checkouts, family, case, asked.impl, asked.rounds)
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 c.ask("close")
             print(f"{case:43} {problem}", flush=True)
             continue
-        print(f"{case:43}{here['us']:9.2f}" + "".join(f"{row['us']:13.2f}{row['ratio']:7.3f}" for row in rows), end="  ")
+        print(f"{case:43}{here['us']:9.2f}" + "".join(f"{row['us']:9.2f}{row['ratio']:7.3f}" for row in rows), end="  ")
         print(", ".join(_said(here, row) for row in rows), flush=True)
     for c in checkouts:
         c.end()

@@ -75,7 +75,7 @@ def test_few_equals_at_the_end_of_a_small_p(many, impl, device):
     V, B, g = 131072, 96, torch.Generator(device="cuda").manual_seed(many)
     x = normal(B, V, torch.float32, seed=many)
     ids = torch.rand(B, V, generator=g, device="cuda").topk(many, dim=1).indices
-    # They weigh a third of the row, of which top-p leaves two thirds out.
+    # They are the largest and weigh a third of the row: less of it is kept.
     peak = x.exp().sum(1, keepdim=True).mul(0.5 / many).log().to(BF16)
     x.scatter_(1, ids, peak.float().expand(B, many))
     got, want = both(x.clamp(max=peak.float()).to(BF16), impl, seed=many, top_p=chooser(B)(0.06, 0.1, 0.15, 0.2, 0.24))
