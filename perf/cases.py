@@ -151,6 +151,7 @@ def _sampling() -> list[Case]:
         *(Sample(B=128, V=131072, top_p=p, dtype="bf16") for p in (0.1, 0.5, 0.99)),
         Sample(B=256, V=131072, top_p=0.9, dtype="bf16"),
         *(Sample(B=128, V=131072, top_k=1000, top_p=0.9, dtype=dtype) for dtype in ("fp32", "bf16")),
+        Sample(B=256, V=131072, top_k=1000, top_p=0.9, dtype="bf16"),
         Sample(B=128, V=32000, top_k=50, top_p=0.9),
         Sample(B=64, V=256000, top_k=50, top_p=0.9),
         Sample(B=32, V=131072, top_k=50, top_p=0.9, logprobs=5),

@@ -21,7 +21,9 @@ VOCABULARIES = [1, 70, 2047, 2049, 17000, 32768, 33001, 50257, 131072, 250000]
 def test_what_is_drawn_at_once():
     kinds = (builds.BF16, builds.F32)
     fits = [builds.fits_at_once(kind, False, B, 131072, 132) for kind in kinds for B in (8, 32, 64, 132, 133)]
-    assert fits == [False, True, True, True, False, False, False, True, True, False]
+    assert fits == [False, True, True, True, True, False, False, True, True, True]
+    short = [builds.fits_at_once(kind, False, B, 131072, 132, True) for kind in kinds for B in (132, 144, 200, 264, 272)]
+    assert short == [True, False, True, True, False] * 2
     assert not builds.fits_at_once(builds.BF16, False, 64, 256000, 132)
     for kind in kinds:
         for penalised in (False, True):
@@ -116,6 +118,20 @@ def test_rows_of_all_kinds_with_penalties(given, V, dtype, impl, device):
         "min_p": one_of(0.0, 0.0, 0.05),
     }
     got, want = both(odd_rows(B, V, dtype), impl, seed=V, **o)
+    assert torch.equal(got.valid, want.valid)
+    assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("B", "k"), [(140, 1000), (150, None), (264, 50), (400, 3000)])
+def test_more_rows_than_multiprocessors(B, k, dtype, impl, device):
+    one_of = chooser(B)
+    top_k = one_of(1, 50, 0, 300, 4000, dtype=torch.int64) if k is None else k
+    got, want = both(
+        odd_rows(B, 32768, dtype), impl, seed=B, top_k=top_k, top_p=one_of(1.0, 0.9, 0.5), temperature=one_of(1.0, 0.0)
+    )
     assert torch.equal(got.valid, want.valid)
     assert (got.tokens != want.tokens).sum() <= 1
 

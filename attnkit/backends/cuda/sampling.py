@@ -62,8 +62,10 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
         if k <= builds.MOST_LONG and _at_once(sig):
             return ("once",)
         return ("short",) if k <= builds.MOST_LISTED else ("rest",)
+    if _tallied(sig):
+        return ("tally",)
     if sig.min_p == 0.0 and builds.fits_by_arrival(sig.V):
-        return ("tally",) if _tallied(sig) else ("arrival",)
+        return ("arrival",)
     return ("cut",) if sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
 
 
@@ -82,7 +84,7 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
     if way == "arrival":
         return (builds.top_p(kind, penalised),)
     if way == "tally":
-        return (builds.tally(),)
+        return (builds.tally(sig.min_p != 0.0),)
     if way == "cut":
         return (builds.cut(kind, penalised),)
     held = builds.held_bytes(kind, penalised)
@@ -90,13 +92,16 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
 
 
 def _at_once(sig: SampleSig) -> bool:
-    masks = extras(sig)
+    masks, short = extras(sig), sig.top_k is not None and sig.top_k <= builds.MOST_LISTED
     return "logit_bias" not in masks and builds.fits_at_once(
-        KINDS[sig.dtype], bool(masks), sig.B, sig.V, arch.of(sig.device).sms
+        KINDS[sig.dtype], bool(masks), sig.B, sig.V, arch.of(sig.device).sms, short
     )  # fmt: skip
 
 
 def _tallied(sig: SampleSig) -> bool:
+    """Min-p alone is sooner by a cut where rows are more than multiprocessors."""
+    if sig.min_p != 0.0 and sig.top_p == 1.0 and sig.B > arch.of(sig.device).sms:
+        return False
     return sig.dtype == torch.bfloat16 and sig.aligned and not extras(sig) and builds.fits_tally(sig.B, sig.V)
 
 

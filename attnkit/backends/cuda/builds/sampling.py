@@ -42,9 +42,11 @@ COUNTED_FREE, COUNTED_ROW, COUNTED_MANY = 32768, 2400, 65536
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
 ARRIVE_THREADS, ARRIVE_BYTES = 512, 7440 + 4 * 16384
 MOST_LOCAL = (227 * 1024 - ARRIVE_BYTES) // (10 * BLOCK // GROUP) * (BLOCK // GROUP)
-#: Threads of the kernel for top-p alone over bf16, sizeof(TallyShared) in csrc/cuda/sampling/sample_tally_row_sm90.cuh,
-#: bytes of a slot there and slots of a row at the most, and how many rows make that kernel the sooner.
-TALLY_THREADS, TALLY_BYTES, SLOT_BYTES, MOST_SLOTS, LEAST_TALLIED = 1024, 26752, 8192, 64, 24
+#: Threads of the kernel for bf16 rows by value, kTallyBytes in csrc/cuda/sampling/sample_tally_row_sm90.cuh, bytes of a slot
+#: there, slots of a row at the most and slots that there are at the least.
+TALLY_THREADS, TALLY_BYTES, SLOT_BYTES, MOST_SLOTS, LEAST_SLOTS = 1024, 27648, 8192, 64, 8
+#: How many rows make that kernel the sooner.
+LEAST_TALLIED = 24
 #: sizeof(FilterShared) in csrc/cuda/sampling/sample_filter_sm90.cuh; the slice of the row follows it.
 FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
@@ -111,13 +113,14 @@ def once(kind: int, penalised: bool) -> Variant:
     return variant("sampling/sample_once_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)})
 
 
-def fits_at_once(kind: int, penalised: bool, B: int, V: int, sms: int) -> bool:
+def fits_at_once(kind: int, penalised: bool, B: int, V: int, sms: int, short: bool = False) -> bool:
     """Whether that one is the sooner: not too few rows, a multiprocessor for each, which holds any row's groups. With penalties
-    also more rows of a large vocabulary, where few multiprocessors wait for the last of them."""
+    also more rows of a large vocabulary, where few multiprocessors wait for the last of them; without, any more rows, but of a
+    top-k that is known to be ``short`` those for which few do."""
     least = max(1, (V - COUNTED_FREE) // COUNTED_ROW) if penalised else LEAST_AT_ONCE[kind == F32]
     rounds = -(-B // sms)
-    busy = rounds == 1 or (penalised and V > COUNTED_MANY and 5 * B >= 4 * sms * rounds)
-    return least <= B and busy and groups(V) <= MOST_LOCAL
+    many = V > COUNTED_MANY and 5 * B >= 4 * sms * rounds if penalised else not short or 4 * B >= 3 * sms * rounds
+    return least <= B and (rounds == 1 or many) and groups(V) <= MOST_LOCAL
 
 
 def at_once_bytes(kind: int, penalised: bool, V: int) -> int:
@@ -156,9 +159,9 @@ def arrive_bytes(V: int, parts: int) -> int:
     return ARRIVE_BYTES + 10 * (BLOCK // GROUP) * blocks
 
 
-def tally() -> Variant:
-    """csrc/cuda/sampling/sample_tally_sm90.cu: the same of bf16 logits, a multiprocessor a row."""
-    return variant("sampling/sample_tally_sm90.cu", {})
+def tally(lists: bool) -> Variant:
+    """csrc/cuda/sampling/sample_tally_sm90.cu: the same of bf16 logits, a multiprocessor a row; ``lists``: with min-p too."""
+    return variant("sampling/sample_tally_sm90.cu", {"ATTNKIT_LISTS": int(lists)})
 
 
 def fits_tally(B: int, V: int) -> bool:
@@ -167,8 +170,9 @@ def fits_tally(B: int, V: int) -> bool:
 
 
 def tally_slots(V: int) -> int:
-    """Slots of a row that find room in shared memory."""
-    return min(-(-2 * V // SLOT_BYTES), (227 * 1024 - TALLY_BYTES - 2 * groups(V)) // SLOT_BYTES)
+    """Slots in shared memory: a row's, as far as there is room."""
+    wanted = max(-(-2 * V // SLOT_BYTES), LEAST_SLOTS)
+    return min(wanted, (227 * 1024 - TALLY_BYTES - 2 * groups(V)) // SLOT_BYTES)
 
 
 def tally_bytes(V: int) -> int:
@@ -235,4 +239,15 @@ def shipped() -> list[Variant]:
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
     at_once = [once(kind, penalised) for kind in kinds for penalised in (False, True)]
-    return [ring(), flow(BF16), tally(), *draws, *cuts, *at_once, *short, *arrivals, *(logprobs(kind, 3) for kind in kinds)]
+    return [
+        ring(),
+        flow(BF16),
+        tally(False),
+        tally(True),
+        *draws,
+        *cuts,
+        *at_once,
+        *short,
+        *arrivals,
+        *(logprobs(kind, 3) for kind in kinds),
+    ]
