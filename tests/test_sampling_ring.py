@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -34,7 +37,7 @@ def test_what_goes_to_the_ring():
     assert builds.lead_bytes(builds.F32, 132 * builds.LEAD_ROWS, 2048, 132) <= 227 * 1024
 
 
-def compare(shape: tuple[int, int, int], impl: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+def compare(shape: tuple[int, int, int], impl: str, device: str, dtype: torch.dtype = torch.float32, **more: Any) -> None:
     """Rows of every temperature side by side, greedy ones too; NaN, +inf once and twice, nothing at all among them."""
     B, V, pitch = shape
     one_of = chooser(B)
@@ -48,7 +51,7 @@ def compare(shape: tuple[int, int, int], impl: str, device: str, dtype: torch.dt
     x[B - 1, 1:] = -float("inf")
     x[B - 2] = 0.5
     for temperature in (one_of(1.0, 0.7, 1.5, 9.0, 0.0), 0.8, 0.0):
-        o = {"seed": torch.arange(B, device=device) * 977, "offset": 3, "temperature": temperature}
+        o = {"seed": torch.arange(B, device=device) * 977, "offset": 3, "temperature": temperature} | more
         want = attnkit.sample(x, impl="torch", **o)
         for _ in range(3):
             out = torch.full((B,), -7, device=device)
@@ -57,15 +60,17 @@ def compare(shape: tuple[int, int, int], impl: str, device: str, dtype: torch.dt
             assert (got.tokens != want.tokens).sum() <= B // 64
 
 
-def repeat(impl: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+def repeat(
+    impl: str, device: str, dtype: torch.dtype = torch.float32, more: Callable[[int, int], dict[str, Any]] = lambda B, V: {}
+) -> None:  # fmt: skip
     """The next grid starts while one ends: each finds what CTAs meet in as it was at first."""
-    x, o = normal(128, 131072, dtype), {"seed": 5, "temperature": torch.full((128,), 0.8, device=device)}
-    small = normal(40, 131072, dtype)
-    want, fewer = (attnkit.sample(y, impl="torch", **(o | {"temperature": 0.8})).tokens for y in (x, small))
+    x, o = normal(128, 131072, dtype), {"seed": 5, "temperature": torch.full((128,), 0.8, device=device)} | more(128, 131072)
+    small, p = normal(40, 131072, dtype), {"seed": 5, "temperature": 0.8} | more(40, 131072)
+    want, fewer = attnkit.sample(x, impl="torch", **o).tokens, attnkit.sample(small, impl="torch", **p).tokens
     found = []
     for _ in range(200):
         found.append((skip_if_declined(lambda: attnkit.sample(x, impl=impl, **o)).tokens, want))
-        found.append((attnkit.sample(small, impl=impl, seed=5, temperature=0.8).tokens, fewer))
+        found.append((attnkit.sample(small, impl=impl, **p).tokens, fewer))
     for got, expected in found:
         assert torch.equal(got, found[0][0] if expected is want else found[1][0])
         assert (got != expected).sum() <= 2

@@ -28,6 +28,8 @@ WORDS = (*POINTERS, "logits_b", *(f"{name}_b" for name in STRIDES), "offset_valu
 INTS = ("B", "V", "blocks", "columns", "listed", "room")
 FLOATS = ("temperature_value", "top_p_value", "min_p_value", "repetition_value", "presence_value", "frequency_value")
 PARAMS = launch.Fields(maps=(), words=WORDS, ints=INTS, floats=FLOATS)
+#: Kernels whose CTAs have blocks of few rows each.
+LEADING = ("ring", "flow", "changed")
 KINDS = {torch.float32: builds.F32, torch.bfloat16: builds.BF16, torch.float16: builds.F16}
 
 
@@ -47,11 +49,14 @@ def _supports(sig: SampleSig) -> str | None:
 
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
-    """Who draws: "all" tokens, of many rows by a "ring" or a "flow", a "short" top-k by two launches or "once", whatever rows'
-    top-k is, top-p without top-k and min-p by "arrival", a "cut" of many rows, the "rest" of the filters. Each row is drawn
-    by one."""
+    """Who draws: "all" tokens, of many rows by a "ring" or a "flow" or where penalties have "changed" them by that, a "short"
+    top-k by two launches or "once", whatever rows' top-k is, top-p without top-k and min-p by "arrival", a "cut" of many rows,
+    the "rest" of the filters. Each row is drawn by one."""
     if not filtered(sig):
-        leads = not extras(sig) and builds.fits_lead(sig.B, sig.V, arch.of(sig.device).sms)
+        sms = arch.of(sig.device).sms
+        if extras(sig):
+            return ("changed",) if builds.fits_changed(KINDS[sig.dtype], sig.B, sig.V, sms) else ("all",)
+        leads = builds.fits_lead(sig.B, sig.V, sms)
         if leads and sig.dtype != torch.float32:
             return ("flow",)
         return ("ring",) if leads and sig.aligned else ("all",)
@@ -77,6 +82,8 @@ def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:
         return (builds.ring(),)
     if way == "flow":
         return (builds.flow(kind),)
+    if way == "changed":
+        return (builds.changed(kind),)
     if way == "short":
         return builds.short_top_k(kind, penalised)
     if way == "once":
@@ -156,21 +163,26 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
     state["options"] = tuple(used)
     state["index"] = launch.index_of(sig.device)
     state["scratch"] = {}
-    state["counters"] = 4 * sig.B if ways[0] in ("all", "ring", "flow") else 0
+    state["counters"] = 4 * sig.B if ways[0] in ("all", *LEADING) else 0
     state["partial_bytes"] = 4 * sig.B * builds.groups(sig.V) if ways[0] == "short" else 0
     made = []
     for way in ways:
         variants = _variants(sig, way, penalised)
-        if way in ("ring", "flow"):
-            grid, threads = builds.lead_ctas(sig.B, sig.V, arch.of(sig.device).sms), builds.LEAD_THREADS
-            shared = builds.lead_bytes(KINDS[sig.dtype], sig.B, sig.V, grid)
+        if way in LEADING:
+            ctas, bytes_of = builds.lead_ctas, builds.lead_bytes
+            if way == "changed":
+                ctas, bytes_of = builds.changed_ctas, builds.changed_bytes
+            grid, threads = ctas(sig.B, sig.V, arch.of(sig.device).sms), builds.LEAD_THREADS
+            shared = bytes_of(KINDS[sig.dtype], sig.B, sig.V, grid)
             dealt = values | {"room": sig.B * values["blocks"] // grid}
             made.append(_made(sig, variants[0], f"attnkit_sample_{way}", grid, dealt, pointers, shared=shared, threads=threads))
         elif way == "all":
             made.append(_made(sig, variants[0], "attnkit_sample_draw", plan.config.ctas, values, pointers))
         elif way == "once":
+            slot = builds.arrive_slot(KINDS[sig.dtype], masks, sig.V, 1)
             shared, threads = builds.at_once_bytes(KINDS[sig.dtype], penalised, sig.V), builds.TOPK_THREADS
-            made.append(_made(sig, variants[0], "attnkit_sample_once", sig.B, values, pointers, shared=shared, threads=threads))
+            shared, copied = max(shared, builds.arrive_bytes(sig.V, 1, slot)), values | {"room": slot}
+            made.append(_made(sig, variants[0], "attnkit_sample_once", sig.B, copied, pointers, shared=shared, threads=threads))
         elif way == "short":
             made.append(_peaks(plan, variants[0], values, pointers, penalised))
             made.append(
@@ -178,9 +190,10 @@ def _prepare(plan: Plan, options: dict[str, Tensor]) -> None:
             )  # fmt: skip
         elif way == "arrival":
             size = builds.arrive_parts(sig.B, sig.V, arch.of(sig.device).sms)
-            shared, threads = builds.arrive_bytes(sig.V, size), builds.ARRIVE_THREADS
-            name, grid = "attnkit_sample_arrive", sig.B * size
-            made.append(_made(sig, variants[0], name, grid, values, pointers, cluster=size, shared=shared, threads=threads))
+            slot = builds.arrive_slot(KINDS[sig.dtype], masks, sig.V, size)
+            shared, threads = builds.arrive_bytes(sig.V, size, slot), builds.ARRIVE_THREADS
+            name, grid, copied = "attnkit_sample_arrive", sig.B * size, values | {"room": slot}
+            made.append(_made(sig, variants[0], name, grid, copied, pointers, cluster=size, shared=shared, threads=threads))
         elif way == "tally":
             shared, threads = builds.tally_bytes(sig.V), builds.TALLY_THREADS
             slots = values | {"room": builds.tally_slots(sig.V)}

@@ -350,14 +350,14 @@ struct ArriveMemory {
   }
 };
 
-// Row b, of which this CTA has ``n`` groups.
+// Row b, of which this CTA has ``n`` groups; ``slot``: see ArriveShare.
 template <int Type, bool Penalised>
 ATTNKIT_DEVICE void draw_by_arrival(const SampleParams& p, const ArriveMemory& m, const RawOptions& raw, float top_p, int b, int size,
-                                    int rank, int n) {
+                                    int rank, int n, int slot = 0) {
   const RowOptions o = raw.use();
   if (thread_here() == 0) m.s.options = o, m.s.seed = static_cast<u64>(raw.seed), m.s.offset = static_cast<u64>(raw.offset);
   const RowPointers r = row_pointers<Type>(p, b);
-  ArriveShare<Type, Penalised> share{p, m.s, m.groups, m.marks, m.bins, b, size, rank, n, r, Penalised ? o : m.s.options, o.rt * kLog2e};
+  ArriveShare<Type, Penalised> share{p, m.s, m.groups, m.marks, m.bins, b, size, rank, n, slot, r, Penalised ? o : m.s.options, o.rt * kLog2e};
   const bool good = share.add_up_row(share.take_in());
   if (!good) {
     if (rank == 0 && thread_here() == 0) p.tokens[b] = 0, p.valid[b] = false;
@@ -369,7 +369,7 @@ ATTNKIT_DEVICE void draw_by_arrival(const SampleParams& p, const ArriveMemory& m
 
 template <int Type, bool Penalised>
 ATTNKIT_DEVICE void draw_by_arrival(const SampleParams& p, const ArriveMemory& m, int b, int size, int rank, int n) {
-  draw_by_arrival<Type, Penalised>(p, m, RawOptions(p, b), option(p.top_p, p.top_p_value, b), b, size, rank, n);
+  draw_by_arrival<Type, Penalised>(p, m, RawOptions(p, b), option(p.top_p, p.top_p_value, b), b, size, rank, n, Penalised ? p.room : 0);
 }
 
 template <int Type, bool Penalised>

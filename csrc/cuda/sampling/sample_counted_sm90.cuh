@@ -1,4 +1,4 @@
-// Peaks of rows with penalties, bias or a mask: one read of the logits and of what comes with them. Asynchronous copies bring all of
+// Rows with penalties, bias or a mask, and their peaks: one read of the logits and of what comes with them. Asynchronous copies bring all of
 // it into shared memory, where each of many warps has pieces on their way; a lane copies what it will read itself, so nobody waits for
 // another. The few tokens with a count or in the prompt are taken out of their group one by one, and the rest as it is.
 #pragma once
@@ -112,6 +112,25 @@ struct CountedBegun {
   CountedPiece piece;
 };
 
+// What is kept of a block: what of(slot, options) makes of its pieces.
+template <class F>
+struct CountedWords {
+  F& of;
+  float4* const to;
+  const int origin;
+  float words[4];
+
+  ATTNKIT_DEVICE void block(const CountedSpot&) const {}
+  template <class Pieces>
+  ATTNKIT_DEVICE void piece(const Pieces&, u32 slot, const RowOptions& o, int) {
+    words[0] = words[1], words[1] = words[2], words[2] = words[3];
+    words[3] = of(slot, o);
+  }
+  ATTNKIT_DEVICE void done(const CountedSpot& at, const CountedSpot&) const {
+    to[static_cast<i64>(at.n - origin) * 32 + lane_id()] = make_float4(words[0], words[1], words[2], words[3]);
+  }
+};
+
 // One warp's part: blocks up to ``end``, one in as many as there are warps. Plain: counts come, nothing else does.
 template <int Type, bool Biased, bool Plain>
 struct Counted {
@@ -123,7 +142,10 @@ struct Counted {
   const int lane = static_cast<int>(lane_id());
 
   ATTNKIT_DEVICE Counted(const SampleParams& q, const char* memory, int last)
-      : p(q), slots(kept(smem_address(memory) + threadIdx.x / 32 * kCountedSlots * Slot::kBytes + lane_id() * 16)), end(last) {}
+      : Counted(q, memory, kCountedSlots * Slot::kBytes, last) {}
+  // ``each``: bytes a warp.
+  ATTNKIT_DEVICE Counted(const SampleParams& q, const char* memory, u32 each, int last)
+      : p(q), slots(kept(smem_address(memory) + threadIdx.x / 32 * each + lane_id() * 16)), end(last) {}
 
   ATTNKIT_DEVICE bool counts() const { return Plain || p.counts != nullptr; }
   ATTNKIT_DEVICE bool prompt() const { return !Plain && p.prompt != nullptr; }
@@ -148,10 +170,11 @@ struct Counted {
     return {n, b};
   }
   ATTNKIT_DEVICE CountedPiece first_of(const CountedSpot& at) const {
+    return at.n < end ? piece_at(row_pointers<Type>(p, at.b), at.b, (at.n - at.b * p.blocks) * kBlock) : CountedPiece();
+  }
+  ATTNKIT_DEVICE CountedPiece piece_at(const RowPointers& r, int b, int v) const {
     CountedPiece piece;
-    if (at.n >= end) return piece;
-    const RowPointers r = row_pointers<Type>(p, at.b);
-    piece.b = at.b, piece.v = (at.n - at.b * p.blocks) * kBlock + lane * 4, piece.there = true;
+    piece.b = b, piece.v = v + lane * 4, piece.there = true;
     piece.logits = r.logits + static_cast<i64>(piece.v) * kItem;
     piece.counts = r.counts + static_cast<i64>(piece.v) * 4;
     piece.wide = r.logits_wide && r.wide && (!bias() || (reinterpret_cast<u64>(r.bias) & 15) == 0);
@@ -228,9 +251,9 @@ struct Counted {
   // Whether the four tokens of a chunk are allowed, a bit each.
   ATTNKIT_DEVICE u32 allowed_four(u32 slot, u32 c) const { return shared_word(allowed_in(slot) + c * kChunk) >> (lane & 7) * 4; }
 
-  // The largest of a lane's tokens with a count or in the prompt, which are -inf in the slot from then on.
-  ATTNKIT_DEVICE float peak_of_seen(u32 slot, const RowOptions& o) const {
-    float most = negative_infinity();
+  // f(logit, which) of each of a lane's 16 with a count or in the prompt, which are -inf in the slot from then on.
+  template <class F>
+  ATTNKIT_DEVICE void for_seen(u32 slot, const RowOptions& o, F&& f) const {
 #pragma unroll 1
     for (u32 seen = seen_in(slot); seen != 0; seen &= seen - 1) {
       const u32 i = __ffs(seen) - 1, at = (i & 12) * kChunk + (i & 3) * 4;
@@ -239,14 +262,52 @@ struct Counted {
       float x = penalised(take_logit<Type>(logits_in(slot) + at * kItem / 4), count, in_prompt, o);
       if (bias()) x = biased(x, __uint_as_float(shared_word(slot + Slot::kBias + at)));
       if (allowed()) x = masked(x, (allowed_four(slot, i / 4) >> (i & 3) & 1) != 0);
-      most = max_nan(most, x);
+      f(x, i);
     }
+  }
+  ATTNKIT_DEVICE float peak_of_seen(u32 slot, const RowOptions& o) const {
+    float most = negative_infinity();
+    for_seen(slot, o, [&](float x, u32) { most = max_nan(most, x); });
     return most;
   }
 
+  // What becomes of these lies where their counts were, for all_of. A bit for each; ``most``: with the largest of them.
+  ATTNKIT_DEVICE u32 put_aside(u32 slot, const RowOptions& o, float& most) const {
+    u32 seen = 0;
+    for_seen(slot, o, [&](float x, u32 i) {
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(slot + (i & 12) * kChunk + (i & 3) * 4), "f"(x) : "memory");
+      most = max_nan(most, x), seen |= 1u << i;
+    });
+    return seen;
+  }
+
+  // All of a lane's 16, once those that were seen are put aside.
+  ATTNKIT_DEVICE void all_of(u32 slot, u32 seen, float (&x)[4][4]) const {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      widen_four<Type>(load_raw<Type>(logits_in(slot) + c * kChunk * kItem), x[c]);
+      if (bias()) {
+        const float4 more = load_shared<float4>(slot + Slot::kBias + c * 512);
+        x[c][0] = biased(x[c][0], more.x), x[c][1] = biased(x[c][1], more.y), x[c][2] = biased(x[c][2], more.z), x[c][3] = biased(x[c][3], more.w);
+      }
+      const u32 bits = allowed() ? allowed_four(slot, c) : 15;
+#pragma unroll
+      for (int i = 0; i < 4 && !Plain; ++i) x[c][i] = masked(x[c][i], (bits >> i & 1) != 0);
+    }
+    if (seen == 0) return;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float4 aside = load_shared<float4>(slot + c * 512);
+      const float changed[4] = {aside.x, aside.y, aside.z, aside.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[c][i] = (seen >> (4 * c + i) & 1) != 0 ? changed[i] : x[c][i];
+    }
+  }
+
   // The largest of a lane's 16 after penalties, bias and mask.
-  ATTNKIT_DEVICE float peak(u32 slot, const RowOptions& o) const {
-    float most = peak_of_seen(slot, o);
+  ATTNKIT_DEVICE float peak(u32 slot, const RowOptions& o) const { return with_rest(slot, peak_of_seen(slot, o)); }
+  // Of ``most`` and those that are not seen.
+  ATTNKIT_DEVICE float with_rest(u32 slot, float most) const {
     Raw<Type> raw[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) raw[c] = load_raw<Type>(logits_in(slot) + c * kChunk * kItem);
@@ -268,6 +329,21 @@ struct Counted {
 
   // ---- all of it ----
 
+  // Before the grid before has ended: L2 asks for what the warp's first pieces take most of. It stays coherent with who may still write.
+  ATTNKIT_DEVICE void ask_early(int n) const {
+    if (n >= end) return;
+    constexpr int kTokens = kCountedSlots * kPiece, kLine = 128;
+    const int b = n / p.blocks, v = (n - b * p.blocks) * kBlock;
+    const RowPointers r = row_pointers<Type>(p, b);
+#pragma unroll
+    for (int i = 0; i < kTokens * kItem / kLine; i += 32) {
+      if ((i + lane) * kLine < min(kTokens, p.V - v) * kItem) prefetch_l2(r.logits + static_cast<i64>(v) * kItem + (i + lane) * kLine);
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens * 4 / kLine && counts(); i += 32) {
+      if ((i + lane) * kLine < min(kTokens, p.V - v) * 4) prefetch_l2(r.counts + static_cast<i64>(v) * 4 + (i + lane) * kLine);
+    }
+  }
   ATTNKIT_DEVICE CountedBegun begin(int first) const {
     const CountedSpot at = wanted_from(first, first / p.blocks, -1);
     CountedBegun begun{at, Rates(p, min(at.b, p.B - 1)), first_of(at)};
@@ -278,15 +354,33 @@ struct Counted {
 
   // Keeps the peaks of all blocks; ``to``: from block ``origin`` on. The largest of a lane.
   ATTNKIT_DEVICE float run(CountedBegun& begun, float4* to, int origin) const {
-    auto& [at, coming, piece] = begun;
     float most = negative_infinity();
+    keep(begun, to, origin, [&](u32 slot, const RowOptions& o) {
+      const float x = peak(slot, o);
+      most = max_nan(most, x);
+      return x;
+    });
+    return most;
+  }
+
+  // What of(slot, options) makes of each piece instead.
+  template <class F>
+  ATTNKIT_DEVICE void keep(CountedBegun& begun, float4* to, int origin, F&& of) const {
+    CountedWords<F> words{of, to, origin, {}};
+    stream(begun, words);
+  }
+
+  // Gives ``work`` all blocks: the block first, its pieces as they come (where they lie, and which of the four), then the block and the next.
+  template <class Work>
+  ATTNKIT_DEVICE void stream(CountedBegun& begun, Work& work) const {
+    auto& [at, coming, piece] = begun;
     u32 slot = slots;
     RowOptions o;
     coming.use(o);
 #pragma unroll 1
     while (at.n < end) {
       const CountedSpot next = wanted_from(at.n + kCountedWarps, at.b, at.b);
-      float peaks[4];
+      work.block(at);
 #pragma unroll 1
       for (int u = 0; u < 4; ++u) {
         if (u == 4 - kCountedSlots) {
@@ -294,17 +388,14 @@ struct Counted {
           if (next.n < end && next.b != at.b) coming = Rates(p, next.b);
         }
         asm volatile("cp.async.wait_group %0;" ::"n"(kCountedSlots - 1) : "memory");
-        peaks[0] = peaks[1], peaks[1] = peaks[2], peaks[2] = peaks[3];
-        peaks[3] = peak(slot, o);
+        work.piece(*this, slot, o, u);
         ask(piece, slot);
         slot = slot == slots ? slots + Slot::kBytes : slots;
       }
-      to[static_cast<i64>(at.n - origin) * 32 + lane] = make_float4(peaks[0], peaks[1], peaks[2], peaks[3]);
-      most = max_nan(most, max_nan(max_nan(peaks[0], peaks[1]), max_nan(peaks[2], peaks[3])));
+      work.done(at, next);
       if (next.b != at.b) coming.use(o);
       at = next;
     }
-    return most;
   }
 };
 

@@ -1,6 +1,7 @@
 // A CTA's share of a row, read once: of each group of 16 tokens the largest logit (peak) and the sum of exp, and how many tokens
 // each of 16384 levels has, all in shared memory. A row is one CTA's, or a cluster's; blocks are dealt to CTAs in turn.
 #pragma once
+#include "sample_counted_sm90.cuh"
 #include "sample_filter_sm90.cuh"
 #include "sample_stream_sm90.cuh"
 
@@ -99,6 +100,7 @@ struct ArriveShare {
   u16* const marks;      // of each group the upper half of its word; then lists of groups
   u32* const bins;
   const int b, size, rank, n;
+  const int slot;  // bytes behind the bins that each warp has for a piece with penalties, or 0
   const RowPointers& r;
   const RowOptions& o;
   const float scale;  // to powers of two
@@ -236,11 +238,42 @@ struct ArriveShare {
     }
   }
 
-  // The same with penalties: one piece is on its way.
+  // The same with penalties: one piece is on its way. Which token is the first of the CTA's piece i:
+  ATTNKIT_DEVICE int first_of(int i) const { return (i / 4 * size + rank) * kBlock + i % 4 * kPiece; }
+  // In shared memory, until what becomes of it is in registers.
+  template <bool Plain, class F>
+  ATTNKIT_DEVICE void stream_copied(F&& take) {
+    const Counted<Type, false, Plain> counted(p, reinterpret_cast<const char*>(bins + kBins), slot, 0);
+    const auto ask = [&](int i) {
+      if (i >= n / 32) return;
+      CountedPiece piece = counted.piece_at(r, b, first_of(i));
+      counted.ask(piece, counted.slots);
+    };
+    const Raw<Type> sample = ask_sample();
+    ask(warp);
+    __syncthreads();
+    load_words();
+    use_sample(sample);
+#pragma unroll 1
+    for (int i = warp; i < n / 32; i += kArriveWarps) {
+      copy_async_wait_all();
+      float x[4][4], seen_most = negative_infinity();
+      const u32 seen = counted.put_aside(counted.slots, o, seen_most);
+      counted.all_of(counted.slots, seen, x);
+      Raw<kF32> held[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) held[c].w[j] = __float_as_uint(x[c][j]);
+      }
+      ask(i + kArriveWarps);
+      take(held, i * 32 + lane);
+    }
+  }
+  // In registers.
   template <class F>
-  ATTNKIT_DEVICE void stream_penalised(F&& take) {
+  ATTNKIT_DEVICE void stream_loaded(F&& take) {
     const int pieces = n / 32;
-    const auto first_of = [&](int i) { return (i / 4 * size + rank) * kBlock + i % 4 * kPiece; };
     int i = warp;
     Fetched<Type, true> fetched;
     const Raw<Type> sample = ask_sample();
@@ -278,10 +311,14 @@ struct ArriveShare {
         }
       }
     };
-    if constexpr (Penalised) {
-      stream_penalised(take);
-    } else {
+    if constexpr (!Penalised) {
       stream_share(take);
+    } else if (slot == 0) {
+      stream_loaded(take);
+    } else if (only_counts(p)) {
+      stream_copied<true>(take);
+    } else {
+      stream_copied<false>(take);
     }
     return make_float2(most, sum);
   }

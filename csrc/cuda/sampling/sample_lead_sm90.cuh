@@ -20,6 +20,21 @@ ATTNKIT_DEVICE u64 with_token(u64 best, int token) {
   return best - static_cast<u32>(at / kChunk * 4 + at % 4);
 }
 
+// Logarithms of what may lead are counted in the last bits of a float: 2^23 an octave. The bits of a whole number as a float
+// then are its logarithm, along a straight line from each power of two to the next: never more, and less by 0.09 octaves at
+// the most. A draw hopes for peak scale - these bits of its word: at least the logarithm of 2^-159 e^score, if its group's sum
+// is its largest alone. What a greedy row hopes for is the peak itself.
+constexpr float kOctave = 8388608.0f;
+
+ATTNKIT_DEVICE float log_of(u32 word) { return __uint2float_rn(__float_as_uint(__uint2float_rn(word))); }
+ATTNKIT_DEVICE float hope_of(float peak, float scale, float log) { return __fmaf_rn(peak, scale, -log); }
+
+// What a group must hope for at the least: a group's sum is at most 16 times its largest; E >= u.
+ATTNKIT_DEVICE float least_hope(u64 best, bool cold) {
+  const float score = order_value(high_word(best)), less = __fmaf_rn(fabsf(score), -1e-6f, score);
+  return cold ? score : __fmaf_rn(less, kLog2e * kOctave, -(159.0f + 4.0f + 2e-3f * kLog2e) * kOctave);
+}
+
 // CTAs meet in 64 bits a row, zero between launches: the upper 52 of a packed best whose id has 20 bits, and 12 for how many
 // blocks it stands for. Who finds all others there need not wait for memory any more.
 constexpr int kMetBits = 12;

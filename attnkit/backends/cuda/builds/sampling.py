@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from attnkit.backends.cuda.images import Variant, variant
 
 #: Types of logits, as in csrc/cuda/common/convert.cuh.
@@ -29,6 +31,8 @@ LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 128, 128
 LEAD_ALONE = 116 * 1024
 #: Blocks of a multiprocessor at the least, CTAs that share a row and rows of a CTA at the most.
 LEAD_BLOCKS, LEAD_PARTS, LEAD_ROWS = 12, 5, 1024
+#: CTAs that share a row at the most, with penalties.
+CHANGED_PARTS = 8
 #: sizeof(CutShared) in csrc/cuda/sampling/sample_share_sm90.cuh, and how many tokens of 8 bytes each thread lists after it.
 CUT_BYTES, CUT_ROOM = 20944, 46
 #: CTAs that a row is shared by at most, and blocks of a share.
@@ -91,9 +95,34 @@ def lead_ctas(B: int, V: int, sms: int) -> int:
 
 def lead_bytes(kind: int, B: int, V: int, ctas: int) -> int:
     """Shared memory of the CTA with the most rows."""
+    return max((RING_BYTES if kind == F32 else FLOW_BYTES) + LEAD_ROW_BYTES * lead_rows(B, V, ctas), LEAD_ALONE)
+
+
+def lead_rows(B: int, V: int, ctas: int) -> int:
+    """Rows that a CTA has blocks of at the most."""
     blocks = -(-V // BLOCK)
-    rows = min(B, -(-B * blocks // ctas) // blocks + 2)
-    return max((RING_BYTES if kind == F32 else FLOW_BYTES) + LEAD_ROW_BYTES * rows, LEAD_ALONE)
+    return min(B, -(-B * blocks // ctas) // blocks + 2)
+
+
+def changed(kind: int) -> Variant:
+    """csrc/cuda/sampling/sample_changed_sm90.cu: the same with penalties, bias or a mask."""
+    return variant("sampling/sample_changed_sm90.cu", {"ATTNKIT_TYPE": kind})
+
+
+def fits_changed(kind: int, B: int, V: int, sms: int) -> bool:
+    """Whether each CTA has a block, and room for its rows. Ids have 20 bits where CTAs meet."""
+    ctas = changed_ctas(B, V, sms)
+    return V <= 1 << 20 and B * -(-V // BLOCK) >= ctas and changed_bytes(kind, B, V, ctas) <= 227 * 1024
+
+
+def changed_ctas(B: int, V: int, sms: int) -> int:
+    """CTAs that blocks are dealt out to: of few rows not so many that they wait for one another where they meet."""
+    return min(lead_ctas(B, V, sms), CHANGED_PARTS * B)
+
+
+def changed_bytes(kind: int, B: int, V: int, ctas: int) -> int:
+    """Shared memory of the CTA with the most rows."""
+    return counted_bytes(kind, True) + FLOW_BYTES + LEAD_ROW_BYTES * lead_rows(B, V, ctas)
 
 
 def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
@@ -153,10 +182,20 @@ def arrive_parts(B: int, V: int, sms: int) -> int:
     return min(max(next(fitting, 1), -(-groups(V) // MOST_LOCAL)), -(-V // BLOCK))
 
 
-def arrive_bytes(V: int, parts: int) -> int:
-    """Shared memory of the CTA with the most blocks."""
+def arrive_bytes(V: int, parts: int, slot: int = 0) -> int:
+    """Shared memory of the CTA with the most blocks, whose warps have ``slot`` bytes each for what they copy."""
     blocks = -(-groups(V) // (BLOCK // GROUP) // parts)
-    return ARRIVE_BYTES + 10 * (BLOCK // GROUP) * blocks
+    return ARRIVE_BYTES + 10 * (BLOCK // GROUP) * blocks + ARRIVE_THREADS // 32 * slot
+
+
+def arrive_slot(kind: int, masks: Collection[str], V: int, parts: int) -> int:
+    """Bytes of a piece with penalties in shared memory; 0: it comes through registers, as there is no room or it has a bias.
+    The prompt and the mask are last in CountedSlot of csrc/cuda/sampling/sample_counted_sm90.cuh."""
+    if not masks or "logit_bias" in masks:
+        return 0
+    absent = 0 if "allowed" in masks else 1 if "prompt_mask" in masks else 2
+    slot = COUNTED_BYTES[kind == F32] - 512 * absent
+    return slot if arrive_bytes(V, parts, slot) <= 227 * 1024 else 0
 
 
 def tally(lists: bool) -> Variant:
@@ -239,15 +278,7 @@ def shipped() -> list[Variant]:
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
     at_once = [once(kind, penalised) for kind in kinds for penalised in (False, True)]
-    return [
-        ring(),
-        flow(BF16),
-        tally(False),
-        tally(True),
-        *draws,
-        *cuts,
-        *at_once,
-        *short,
-        *arrivals,
-        *(logprobs(kind, 3) for kind in kinds),
-    ]
+    draws += [changed(kind) for kind in kinds]
+    tallies = [tally(lists) for lists in (False, True)]
+    logs = [logprobs(kind, 3) for kind in kinds]
+    return [ring(), flow(BF16), *tallies, *draws, *cuts, *at_once, *short, *arrivals, *logs]
