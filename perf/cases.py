@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attnkit.workload import Case, Gemm, Quantize, Sample
 from attnkit.workload_attention import Decode, MlaDecode, MlaPrefill, Prefill
 from attnkit.workload_cache import Merge, WriteKv, WriteLatent
@@ -150,15 +152,18 @@ def _sampling() -> list[Case]:
         *(Sample(B=128, V=131072, top_k=k, top_p=0.9, dtype="bf16") for k in (50, 0)),
         *(Sample(B=128, V=131072, top_p=p, dtype="bf16") for p in (0.1, 0.5, 0.99)),
         Sample(B=256, V=131072, top_p=0.9, dtype="bf16"),
-        *(Sample(B=128, V=131072, top_k=1000, top_p=0.9, dtype=dtype) for dtype in ("fp32", "bf16")),
-        Sample(B=256, V=131072, top_k=1000, top_p=0.9, dtype="bf16"),
+        *(Sample(B=B, V=131072, top_k=1000, top_p=0.9, dtype=dtype) for B in (128, 256) for dtype in ("fp32", "bf16")),
+        *(Sample(B=B, V=131072, top_p=0.9, min_p=0.05, dtype="bf16") for B in (128, 256)),
         Sample(B=128, V=32000, top_k=50, top_p=0.9),
         Sample(B=64, V=256000, top_k=50, top_p=0.9),
         Sample(B=32, V=131072, top_k=50, top_p=0.9, logprobs=5),
     ]
+    filters: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_p": 0.9, "min_p": 0.05}, {"top_k": 1000, "top_p": 0.9}]
+    changed = [Sample(B=B, V=131072, penalties=True, dtype="bf16", **f) for f in filters for B in (128, 256)]
+    changed += [Sample(B=128, V=131072, penalties=True, **f) for f in (filters[0], filters[3])]
     plain = [Sample(B=B, V=131072, temperature=t) for t in (0.8, 0.0) for B in (1, 128, 256)]
     half = [Sample(B=B, V=131072, temperature=t, dtype="bf16") for t in (0.8, 0.0) for B in (128, 256)]
-    return [*usual, *others, *plain, *half]
+    return [*usual, *others, *changed, *plain, *half]
 
 
 def _hidden() -> list[Case]:

@@ -68,10 +68,13 @@ def cases() -> Iterator[tuple[Any, str]]:
         Sample(B=60, V=70001, top_k=40, top_p=0.9),
         # Counted by value; with penalties by one launch, or by two.
         *(Sample(B=60, V=V, top_p=p, dtype="bf16") for V, p in ((4104, 0.9), (4104, 0.1), (131072, 0.9))),
+        *(Sample(B=60, V=V, top_p=0.9, min_p=0.05, dtype="bf16") for V in (4104, 131072)),
         *(
             Sample(B=20, V=4100, top_k=k, top_p=0.9, penalties=True, dtype=kind)
-            for k, kind in ((50, "fp32"), (50, "bf16"), (300, "bf16"))
+            for k, kind in ((50, "fp32"), (50, "bf16"), (300, "bf16"), (300, "fp32"))
         ),
+        *(Sample(B=20, V=4100, min_p=0.01, top_p=p, penalties=True, dtype="bf16") for p in (1.0, 0.9)),
+        *(Sample(B=B, V=V, penalties=True, dtype=kind) for B, V, kind in ((20, 4100, "bf16"), (3, 32003, "fp32"))),
         Sample(B=2, V=70001, top_k=50, top_p=0.9, penalties=True, dtype="bf16"),
         *(Sample(B=70, V=4100, top_p=p) for p in (0.9, 0.1)),
         *(Sample(B=16, V=32003, top_p=0.9, min_p=m, temperature=t) for m in (0.0, 1e-6) for t in (1.0, 9.0)),
