@@ -217,3 +217,58 @@ def test_longer_top_k_of_odd_rows(V, dtype, impl, device):
         got, want = both(x.to(dtype), impl, seed=V, top_k=k, **o)
         assert got.valid.all()
         assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("given", [("output_counts",), ("output_counts", "prompt_mask", "allowed")], ids="+".join)
+@pytest.mark.parametrize("V", [4999, 50257, 131072, 253000])
+def test_long_lists_with_penalties(V, given, dtype, impl, device):
+    """Longer top-k and min-p of rows of all kinds, with top-p and without; what no list holds; a mask's -inf and its least number."""
+    B, one_of = 96, chooser(96)
+    x = odd_rows(B, V, torch.float32)
+    x[10::24] *= 2e3
+    x[11::24, V // 3 : V // 3 + 2048] += 9
+    x[22::24] = torch.finfo(torch.float32).min
+    x[22::24, V // 7 :: 200] = 1.5
+    x[23::24, 300:] = -float("inf")
+    extra = penalties(B, V)
+    o = {name: extra[name] for name in given}
+    o |= {
+        "repetition_penalty": one_of(1.2, 0.8),
+        "presence_penalty": one_of(0.3, 0.0, -0.5),
+        "frequency_penalty": one_of(0.2, -0.1),
+        "temperature": one_of(1.0, 0.6, 3.0),
+        "top_p": one_of(1.0, 0.9, 0.5, 0.0, 0.01),
+    }
+    for k, min_p in (
+        (129, 0.0),
+        (1000, 0.05),
+        (4096, 0.0),
+        (0, 0.05),
+        (0, 0.001),
+        (one_of(0, 700, 2500, 4096, dtype=torch.int64), 0.02),
+    ):
+        got, want = both(x.to(dtype), impl, seed=V, top_k=k, min_p=min_p, **o)
+        assert torch.equal(got.valid, want.valid)
+        assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B", [40, 132, 212, 264])
+def test_long_lists_with_penalties_whatever_the_batch(B, dtype, impl, device):
+    """Each row as the reference draws it, seed by seed; at odd addresses too."""
+    x = normal(B, 131075, dtype, seed=B)
+    counts = penalties(B, 131075)["output_counts"]
+    o = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1, "temperature": 0.8}
+    for seed, (k, top_p, min_p) in enumerate(
+        ((1000, 1.0, 0.0), (1000, 0.9, 0.0), (300, 0.9, 0.05), (0, 1.0, 0.05), (0, 0.9, 0.05))
+    ):
+        for at in (0, 3):
+            one = slice(at, at + 131072)
+            got, want = both(x[:, one], impl, seed=seed, output_counts=counts[:, one], top_k=k, top_p=top_p, min_p=min_p, **o)
+            assert got.valid.all()
+            assert (got.tokens != want.tokens).sum() <= B // 64

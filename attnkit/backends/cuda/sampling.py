@@ -71,7 +71,9 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
         return ("tally",)
     if sig.min_p == 0.0 and builds.fits_by_arrival(sig.V):
         return ("arrival",)
-    return ("cut",) if sig.B >= builds.LEAST_CUT_ROWS else ("rest",)
+    if sig.B < builds.LEAST_CUT_ROWS:
+        return ("rest",)
+    return ("once",) if extras(sig) and _at_once(sig) else ("cut",)
 
 
 def _variants(sig: SampleSig, way: str, penalised: bool) -> tuple[Variant, ...]:

@@ -13,6 +13,7 @@ struct AnyShared {
   u64 bests[kTopkWarps];
   u64 own;  // the key of who is drawn
   u32 sums[kTopkWarps], bin, need, equal;
+  u32 reached;  // of a score (see Draw)
 };
 
 // A row's numbers besides RawOptions.
@@ -28,10 +29,14 @@ struct TopkOptions {
         k(listed_k(given, option(p.temperature, p.temperature_value, b), p.V)) {}
 };
 
+struct Between {
+  u64 low, high;  // the former surely at most, the latter surely not below
+};
+
 // What a token weighs, the largest being one: whole numbers, so that no order of adding shows.
 ATTNKIT_DEVICE u64 whole_mass(float logit, float top) { return static_cast<u64>(exp2_fast((logit - top) * kLog2e) * kMassOne); }
 
-// ``Listed``: its tokens surely are, as keys.
+// ``Listed``: its tokens are, as keys.
 template <int Type, bool Penalised, bool Listed>
 struct AnyRow {
   const SampleParams& p;
@@ -41,34 +46,45 @@ struct AnyRow {
   const u64 seed, offset;
   const int lane = static_cast<int>(lane_id()), warp = static_cast<int>(threadIdx.x / 32);
 
-  const u64* list = nullptr;  // of keys, if tokens are listed
+  const u64* list = nullptr;  // of keys
   int listed = 0;
 
   // f(key) of all listed tokens, or all of the row; every thread as often. Some are on their way.
   template <class F>
   ATTNKIT_DEVICE void for_all(F&& f) const {
-    if (!Listed && list == nullptr) {
-      for_row(f);
-      return;
-    }
+    if constexpr (Listed) {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < listed; i += kTopkThreads) f(list[i]);
+      for (int i = static_cast<int>(threadIdx.x); i < listed; i += kTopkThreads) f(list[i]);
+    } else {
+      for_row(f);
+    }
   }
   template <class F>
   ATTNKIT_DEVICE void for_row(F&& f) const {
-    constexpr int kAhead = Penalised ? 1 : 4, kStep = 4 * kTopkThreads;
+    for_chunks([&](const float (&x)[4], int v) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (v + i < p.V) f(pack_best(x[i], v + i));
+      }
+    });
+  }
+  // f(four logits, the first's id) of all of the row; -inf past its end.
+  template <class F>
+  ATTNKIT_DEVICE void for_chunks(F&& f) const {
+    constexpr int kAhead = 4, kStep = 4 * kTopkThreads;
 #pragma unroll 1
     for (int at = 0; at < p.V; at += kAhead * kStep) {
       const int v = at + 4 * static_cast<int>(threadIdx.x);
-      float x[kAhead][4];
+      ChunkAsked<Type, Penalised> chunks[kAhead];
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) load_chunk<Type, Penalised>(x[u], r, o, v + u * kStep, p.V);
+      for (int u = 0; u < kAhead; ++u) chunks[u].ask(r, v + u * kStep, p.V);
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
+        float x[4];
+        chunks[u].use(x, r, o, v + u * kStep, p.V);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (v + u * kStep + i < p.V) f(pack_best(warm(x[u][i], o), v + u * kStep + i));
-        }
+        for (int i = 0; i < 4; ++i) x[i] = warm(x[i], o);
+        f(x, v + u * kStep);
       }
     }
   }
@@ -125,14 +141,34 @@ struct AnyRow {
   // The key of the best draw of the tokens from key ``last`` and logit ``least`` on; 0 if there is none.
   ATTNKIT_DEVICE u64 draw_from(u64 last, float least) const {
     u64 best = 0, own = 0;
-    for_all([&](u64 key) {
-      if (key < last || logit_of(key) < least) return;
-      const int id = best_id(key);
-      u32 w[4];
-      philox_words(seed, offset, kOfTokens, static_cast<u32>(id) >> 2, w);
-      const u64 score = pack_best(noisy(logit_of(key), one_of(w, id)), id);
-      if (score > best) best = score, own = key;
-    });
+    if constexpr (!Listed) {
+      __syncthreads();
+      if (threadIdx.x == 0) s.reached = 0;
+      __syncthreads();
+      Draw draw(1.0f, &s.reached);
+      const Philox noise(seed, offset, kOfTokens);
+      for_chunks([&](const float (&x)[4], int v) {
+        float kept[4];
+        u32 w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) kept[i] = x[i] >= least && (last <= 1 || pack_best(x[i], v + i) >= last) ? x[i] : negative_infinity();
+        noise.words(static_cast<u32>(v) >> 2, w);
+        __syncwarp();
+        draw.four(kept, w, v, [](float logit) { return logit; });
+      });
+      __syncwarp();
+      best = draw.packed();
+      own = pack_best(draw.raw, draw.id);
+    } else {
+      for_all([&](u64 key) {
+        if (key < last || logit_of(key) < least) return;
+        const int id = best_id(key);
+        u32 w[4];
+        philox_words(seed, offset, kOfTokens, static_cast<u32>(id) >> 2, w);
+        const u64 score = pack_best(noisy(logit_of(key), one_of(w, id)), id);
+        if (score > best) best = score, own = key;
+      });
+    }
     const u64 most = most_of(best);
     if (most == 0) return 0;
     if (best == most) s.own = own;
@@ -141,24 +177,27 @@ struct AnyRow {
   }
 
   // The id that is drawn, -1 if min-p leaves none (where it is more than 1). ``k``: 0 for all; ``top``: the largest logit, a number. By all threads.
-  ATTNKIT_DEVICE int draw(u32 k, float share, float ratio, float top) const {
-    return finish(k, k != 0 ? find_last(k, 0, *this) : 1, share, ratio, top, 0);
+  ATTNKIT_DEVICE int draw(u32 k, float share, float ratio, float top, Between enough) const {
+    return finish(k, k != 0 ? find_last(k, 0, *this) : 1, share, ratio, top, 0, enough);
   }
 
-  // The same where the key of the k-th is known. ``first``: the key of who is drawn first, if that is known and is one of the k first.
-  ATTNKIT_DEVICE int finish(u32 k, u64 last, float share, float ratio, float top, u64 first) const {
-    const float least = ratio > 0.0f ? __fadd_rn(top, logf(ratio)) : -kF32Max;
-    u64 enough = ~0ull;
-    if (share < 1.0f) {
-      u64 mass = 0;
-      const auto add = [&](u64 key) { mass += key >= last ? whole_mass(logit_of(key), top) : 0; };
-      if (k != 0) {
-        for_all(add);
-      } else {
-        for_row(add);
-      }
-      enough = static_cast<u64>(ceil(static_cast<double>(share) * static_cast<double>(sum_of(mass))));
+  // What must precede a token for top-p to leave it out, exactly.
+  ATTNKIT_DEVICE u64 enough_of(u32 k, u64 last, float share, float top) const {
+    u64 mass = 0;
+    const auto add = [&](u64 key) { mass += key >= last ? whole_mass(logit_of(key), top) : 0; };
+    if (k != 0) {
+      for_all(add);
+    } else {
+      for_row(add);
     }
+    return static_cast<u64>(ceil(static_cast<double>(share) * static_cast<double>(sum_of(mass))));
+  }
+
+  // The same where the key of the k-th is known. ``first``: the key of who is drawn first, if that is known and is one of the k first;
+  // ``enough``: between which numbers what top-p wants is, if that is known of a row without top-k; else zeros.
+  ATTNKIT_DEVICE int finish(u32 k, u64 last, float share, float ratio, float top, u64 first, Between enough) const {
+    const float least = ratio > 0.0f ? __fadd_rn(top, logf(ratio)) : -kF32Max;
+    if (share < 1.0f && enough.high == 0) enough.low = enough.high = enough_of(k, last, share, top);
 #pragma unroll 1
     while (true) {
       const u64 own = first >= last ? first : draw_from(last, least);
@@ -169,7 +208,9 @@ struct AnyRow {
         if (key > own) heavier += whole_mass(logit_of(key), top), any = true;
       });
       const bool precedes = __syncthreads_or(any) != 0;
-      if (sum_of(heavier) < enough || !precedes) return best_id(own);
+      const u64 before = sum_of(heavier);
+      if (precedes && before >= enough.low && before < enough.high) enough.low = enough.high = enough_of(k, 1, share, top);
+      if (before < enough.low || !precedes) return best_id(own);
       last = own + 1;
     }
   }

@@ -40,6 +40,16 @@ ATTNKIT_DEVICE void copy_chunks(u32 to, const char* from) {
   for (int c = 0; c < 4; ++c) copy_own<Bytes>(to + c * 32 * Bytes, from + c * Step);
 }
 
+// Four chunks of the counts of 16-bit logits, of which little is read again: L2 keeps logits rather.
+ATTNKIT_DEVICE void copy_counts(u32 to, const char* from) {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to + c * 512), "l"(from + c * 512), "l"(policy) : "memory");
+  }
+}
+
 // What was copied.
 ATTNKIT_DEVICE u32 shared_word(u32 from) {
   u32 x;
@@ -103,6 +113,52 @@ struct CountedPiece {
 // A block, and the row it is of.
 struct CountedSpot {
   int n, b;
+};
+
+// What a group keeps in one word where lists are long. Upper half: its largest, as bf16. Lower half: by how much the largest of its other
+// chunks is less, cut to ten bits; a bit for each chunk in which there is more to read than logits; and which chunk the first is in.
+struct TwoPeaks {
+  static constexpr float kRounded = 0.004f;
+  static constexpr float kMostHeld = 3.3e38f;  // bf16 has it; a token that is not -inf is not held as that
+  float first = negative_infinity(), second = negative_infinity();
+  u32 chunk = 0, seen = 0;
+
+  ATTNKIT_DEVICE void take(float x, u32 its) {
+    second = fmaxf(second, fminf(first, x));
+    chunk = x > first ? its : chunk;
+    first = max_nan(first, x);
+  }
+  // What a peak is held as: at most kRounded of it larger than it is, but for the least of all.
+  ATTNKIT_DEVICE static u32 held_bits(float x) { return pack_bf16(0.0f, x > negative_infinity() ? fmaxf(x, -kMostHeld) : x); }
+  ATTNKIT_DEVICE static float held(float x) { return of(held_bits(x)); }
+  ATTNKIT_DEVICE u32 word() const {
+    const float less = __fsub_rz(first, second), held = second > negative_infinity() ? fminf(less, kF32Max) : less;
+    return (held_bits(first) & 0xffff0000u) | (__float_as_uint(held) >> 15 & 0xffc0u) | seen << 2 | chunk;
+  }
+  ATTNKIT_DEVICE static float of(u32 word) { return __uint_as_float(word & 0xffff0000u); }
+  // What is surely not below a group's second; a number that is not one is not.
+  ATTNKIT_DEVICE static float second_of(u32 word) {
+    const float first = of(word);
+    return first - __uint_as_float((word & 0xffc0u) << 15) + (fabsf(first) * kRounded + 1e-36f);
+  }
+  ATTNKIT_DEVICE static bool seen_in(u32 word, u32 chunk) { return (word >> (2 + chunk) & 1) != 0; }
+};
+
+// The sum of exp of a lane's tokens after temperature, over that of a logit which none exceeds by much.
+struct LaneMass {
+  static constexpr float kFar = 40.0f;
+  const bool wanted;
+  const float scale;
+  float of = negative_infinity(), sum = 0.0f;
+
+  ATTNKIT_DEVICE void reach(float x) {
+    if (!((x - of) * scale > kFar)) return;
+    sum *= exp2_fast((of - x) * scale);
+    of = x;
+  }
+  ATTNKIT_DEVICE float mass(float x) const { return exp2_fast((x - of) * scale); }
+  // In units of what ``top`` weighs, which is after temperature.
+  ATTNKIT_DEVICE float over(float top) const { return sum > 0.0f ? sum * exp2_fast(__fmaf_rn(of, scale, -top * kLog2e)) : sum; }
 };
 
 // What a warp has under way.
@@ -187,7 +243,8 @@ struct Counted {
     if (piece.there) {
       if (piece.wide && piece.v - lane * 4 + kPiece <= p.V) {
         copy_chunks<4 * kItem, kChunk * kItem>(logits_in(slot), piece.logits);
-        if (counts()) copy_chunks<16, kChunk * 4>(slot, piece.counts);
+        if (counts() && Type != kF32) copy_counts(slot, piece.counts);
+        if (counts() && Type == kF32) copy_chunks<16, kChunk * 4>(slot, piece.counts);
         if (prompt()) copy_chunks<4, kChunk>(prompt_in(slot), p.prompt + piece.b * p.prompt_b + piece.v);
         if (allowed()) copy_chunks<4, kChunk / 8>(allowed_in(slot), p.allowed + piece.b * p.allowed_b + piece.v / 32 * 4);
         if (bias()) copy_chunks<16, kChunk * 4>(slot + Slot::kBias, p.bias + piece.b * p.bias_b + static_cast<i64>(piece.v) * 4);
@@ -325,6 +382,54 @@ struct Counted {
       for (int i = 0; i < 4; ++i) most = max_nan(most, masked(x[i], (bits >> i & 1) != 0));
     }
     return most;
+  }
+
+  // The same, and what else a long list wants to know; their mass if that is wanted. Without bias.
+  ATTNKIT_DEVICE TwoPeaks two_peaks(u32 slot, const RowOptions& o, LaneMass& mass) const {
+    TwoPeaks peaks;
+    for_seen(slot, o, [&](float x, u32 i) {
+      peaks.take(x, i / 4);
+      peaks.seen |= 1u << i / 4;
+      if (!mass.wanted || x == negative_infinity()) return;
+      mass.reach(x);
+      mass.sum += mass.mass(x);
+    });
+    if (allowed()) peaks.seen = 15;
+    Raw<Type> raw[4];
+    float most[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      raw[c] = load_raw<Type>(logits_in(slot) + c * kChunk * kItem);
+      if (allowed()) {
+        float x[4];
+        allowed_of(x, raw[c], slot, c);
+        most[c] = max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3]));
+      } else {
+        most[c] = peak_of<Type>(raw[c]);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) peaks.take(most[c], c);
+    const float rest = mass.wanted ? fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])) : negative_infinity();
+    if (rest > negative_infinity()) {
+      mass.reach(rest);
+      float sums[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float x[4];
+        allowed_of(x, raw[c], slot, c);
+        sums[c] = (mass.mass(x[0]) + mass.mass(x[1])) + (mass.mass(x[2]) + mass.mass(x[3]));
+      }
+      mass.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+    return peaks;
+  }
+  // A chunk after the mask.
+  ATTNKIT_DEVICE void allowed_of(float (&x)[4], const Raw<Type>& raw, u32 slot, u32 c) const {
+    widen_four<Type>(raw, x);
+    const u32 bits = allowed() ? allowed_four(slot, c) : 15;
+#pragma unroll
+    for (int i = 0; i < 4 && allowed(); ++i) x[i] = masked(x[i], (bits >> i & 1) != 0);
   }
 
   // ---- all of it ----

@@ -23,16 +23,25 @@ ATTNKIT_DEVICE u32 max_pairs(u32 a, u32 b) {
   return r;
 }
 
+// The largest of a chunk's four logits; NaN if there is one.
+template <int Type>
+ATTNKIT_DEVICE float peak_of(const Raw<Type>& raw) {
+  if constexpr (Type == kF32) {
+    const u32(&w)[4] = raw.w;
+    return max_nan(max_nan(__uint_as_float(w[0]), __uint_as_float(w[1])), max_nan(__uint_as_float(w[2]), __uint_as_float(w[3])));
+  } else {
+    const float2 two = unpack(max_pairs<Type>(raw.w[0], raw.w[1]), Type == kBf16);
+    return max_nan(two.x, two.y);
+  }
+}
+
 // The largest of a group's logits; NaN if there is one.
 template <int Type>
 ATTNKIT_DEVICE float peak_of(const Raw<Type> (&raw)[4]) {
   if constexpr (Type == kF32) {
     float most[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const u32(&w)[4] = raw[c].w;
-      most[c] = max_nan(max_nan(__uint_as_float(w[0]), __uint_as_float(w[1])), max_nan(__uint_as_float(w[2]), __uint_as_float(w[3])));
-    }
+    for (int c = 0; c < 4; ++c) most[c] = peak_of<Type>(raw[c]);
     return max_nan(max_nan(most[0], most[1]), max_nan(most[2], most[3]));
   } else {
     u32 most = max_pairs<Type>(raw[0].w[0], raw[0].w[1]);
@@ -235,21 +244,40 @@ ATTNKIT_DEVICE void try_arrivals(Earliest& mine, Chunk&& chunk, float base, int 
   if (score > mine.best) mine.best = score, mine.id = id, mine.raw = raw;
 }
 
+// Four neighbours on their way from memory; from V on there are none, which takes no read.
+template <int Type, bool Penalised>
+struct ChunkAsked {
+  Raw<Type> raw;
+  Extras e;
+
+  // ``more``: there may be more than logits.
+  ATTNKIT_DEVICE void ask(const RowPointers& r, int v, int V, bool more = true) {
+    if (r.logits_wide && v + 4 <= V) {
+      raw = reinterpret_cast<const Raw<Type>*>(r.logits)[v / 4];
+    } else {
+      raw = load_four_guarded<Type>(r.logits, v, V);
+    }
+    if constexpr (Penalised) {
+      if (more) {
+        load_extras(e, r, v, V);
+      } else {
+        e = Extras{{0, 0, 0, 0}, 0, 15};
+      }
+    }
+  }
+  // After penalties.
+  ATTNKIT_DEVICE void use(float (&x)[4], const RowPointers& r, const RowOptions& o, int v, int V) const {
+    widen_four<Type>(raw, x);
+    if constexpr (Penalised) penalise(x, e, r, o, v, V);
+  }
+};
+
 // A group's chunk c % 4 in lane c, from memory, after penalties.
 template <int Type, bool Penalised>
 ATTNKIT_DEVICE void load_chunk(float (&x)[4], const RowPointers& r, const RowOptions& o, int v, int V) {
-  Raw<Type> raw;
-  if (r.logits_wide && v + 4 <= V) {
-    raw = reinterpret_cast<const Raw<Type>*>(r.logits)[v / 4];
-  } else {
-    raw = load_four_guarded<Type>(r.logits, v, V);
-  }
-  widen_four<Type>(raw, x);
-  if constexpr (Penalised) {
-    Extras e;
-    load_extras(e, r, v, V);
-    penalise(x, e, r, o, v, V);
-  }
+  ChunkAsked<Type, Penalised> chunk;
+  chunk.ask(r, v, V);
+  chunk.use(x, r, o, v, V);
 }
 
 }  // namespace attnkit::sampling

@@ -1,9 +1,10 @@
-// A row of a longer top-k or of min-p without penalties, by its peaks: counts in cells of equal width say from which logit on there are
+// A row of a longer top-k or of min-p, by its peaks: counts in cells of equal width say from which logit on there are
 // k tokens and few more; the chunks of four neighbours that reach it are read again and their tokens listed. Counts and masses of the
 // listed in cells of their own then decide nearly every draw: who lies below the cell of the k-th or of top-p's end is not drawn, who
 // is drawn above both is kept. The few that lie in these cells are settled by keys and whole masses.
 #pragma once
 #include "sample_any_sm90.cuh"
+#include "sample_counted_sm90.cuh"
 #include "sample_rank_sm90.cuh"
 #include "sample_topk_sm90.cuh"
 
@@ -88,10 +89,7 @@ ATTNKIT_DEVICE uint2 chunk_peaks(const Raw<Type> (&raw)[4]) {
   if constexpr (Type == kF32) {
     float most[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const u32(&w)[4] = raw[c].w;
-      most[c] = max_nan(max_nan(__uint_as_float(w[0]), __uint_as_float(w[1])), max_nan(__uint_as_float(w[2]), __uint_as_float(w[3])));
-    }
+    for (int c = 0; c < 4; ++c) most[c] = peak_of<Type>(raw[c]);
     return make_uint2(pack_bf16(most[0], most[1]), pack_bf16(most[2], most[3]));
   } else {
     u32 two[2];
@@ -104,19 +102,30 @@ ATTNKIT_DEVICE uint2 chunk_peaks(const Raw<Type> (&raw)[4]) {
   }
 }
 
-template <int Type>
+template <bool Penalised>
+struct ListedChunk {
+  using Is = u16;
+};
+template <>
+struct ListedChunk<true> {
+  using Is = u32;
+};
+
+template <int Type, bool Penalised = false>
 struct LongRow {
   static constexpr int kMost = 8192, kBytes = Type == kF32 ? 4 : 2;
-  // Shared memory; peaks of chunks follow, and in their place, once chunks are listed, the words of tokens. Mirrors LONG_BYTES in
-  // attnkit/backends/cuda/builds/sampling.py.
+  using Listed = typename ListedChunk<Penalised>::Is;
+  static constexpr u32 kSeen = 1u << 16;
+  // Shared memory; peaks of chunks follow, with penalties the groups' words, and in their place, once chunks are listed, the words of
+  // tokens. Mirrors LONG_BYTES in attnkit/backends/cuda/builds/sampling.py.
   struct alignas(16) Shared {
     AnyShared any;
     union {
       u64 keys[kMost];
-      Raw<Type> peaks[kMost * 8 / sizeof(Raw<Type>)];  // until chunks are listed
+      Raw<Type> peaks[kMost * 8 / sizeof(Raw<Type>)];  // until chunks are listed; without penalties
     };
     union {
-      u16 listed[kMost];  // chunks: a quarter of their first token
+      Listed listed[kMost];  // chunks: a quarter of their first token, and with penalties whether there is more to read than logits
       Candidate candidates[kCandidates];
     };
     u32 tokens_in[kLongCells], masses[kLongCells + 4];  // of the listed; counts of peaks where masses will be
@@ -127,13 +136,14 @@ struct LongRow {
     int n, n_listed, n_inside;
     Philox noise;
   };
-  static_assert(sizeof(Shared) == 101280, "LONG_BYTES");
+  static_assert(sizeof(Shared) == (Penalised ? 117664 : 101280), "LONG_BYTES");
   const SampleParams& p;
   Shared& s;
-  uint2* const chunks;  // peaks of a group's chunks
-  AnyRow<Type, false, true> any;
+  u32* const behind;  // peaks of a group's chunks (two words), or a group's word, or a token's
+  AnyRow<Type, Penalised, true> any;
+  const LaneMass mass;  // of top-p without top-k, with penalties
 
-  // By all, before the row is read: what is counted is zero.
+  // By all, before the row is read, or with penalties after it: what is counted is zero.
   ATTNKIT_DEVICE static void open(Shared& s, u64 seed, u64 offset) {
     const int t = static_cast<int>(threadIdx.x);
     const uint4 zero = make_uint4(0, 0, 0, 0);
@@ -186,7 +196,12 @@ struct LongRow {
 #pragma unroll 2
     for (int i = static_cast<int>(threadIdx.x), n = 0; i < p.blocks * 32; i += kTopkThreads, ++n) {
       float x[4];
-      widen_four<Type>(s.peaks[i], x);
+      if constexpr (Penalised) {
+        const uint4 four = reinterpret_cast<const uint4*>(behind)[i];
+        x[0] = TwoPeaks::of(four.x), x[1] = TwoPeaks::of(four.y), x[2] = TwoPeaks::of(four.z), x[3] = TwoPeaks::of(four.w);
+      } else {
+        widen_four<Type>(s.peaks[i], x);
+      }
       f(x, n);
     }
   }
@@ -201,6 +216,7 @@ struct LongRow {
 
   // From which logit on there are k tokens, before temperature: as many as groups whose peak reaches it.
   ATTNKIT_DEVICE float bound(u32 k, float2 range) const {
+    if (Penalised) range = make_float2(TwoPeaks::held(range.x), TwoPeaks::held(range.y));
     // Some peaks in three reach what the least of all threads' largest is.
     const float spread = range.y - range.x;
     const Cells cells(range.y, k * 6 <= static_cast<u32>(p.blocks) * (kBlock / 16) ? spread : 2.0f * spread);
@@ -220,21 +236,39 @@ struct LongRow {
       __syncthreads();
       // Half a cell to where it ends, and what rounding does.
       if (s.cell < kLongCells && s.upto <= 2 * k) {
-        return TopkRow<Type, false>::below(range.y - (static_cast<float>(s.cell) + 0.51f) * __fdividef(1.0f, cells.per_logit));
+        return reached(range.y - (static_cast<float>(s.cell) + 0.51f) * __fdividef(1.0f, cells.per_logit));
       }
     }
     const u64 last = any.find_last(k, 40, *this);
-    return TopkRow<Type, false>::below(order_value(high_word(last)));
+    return reached(order_value(high_word(last)));
+  }
+  // What a token may be that is held as this.
+  ATTNKIT_DEVICE static float reached(float x) {
+    const float from = TopkRow<Type, Penalised>::below(x);
+    if (!Penalised) return from;
+    return from < -0.9f * TwoPeaks::kMostHeld ? -kF32Max : from - fabsf(from) * TwoPeaks::kRounded - 1e-36f;
   }
 
   // Lists the tokens from ``from`` on, before temperature, and their ids; their chunks are read again. False if there is no room.
   ATTNKIT_DEVICE bool collect(float from) const {
     const u32 least = Type == kF16 ? pack_f16(from, from) : pack_bf16(from, from);
 #pragma unroll 1
-    for (int block = any.warp; block < p.blocks; block += 4 * kTopkWarps) list_chunks(block, least);
+    for (int block = any.warp; block < p.blocks; block += 4 * kTopkWarps) {
+      if constexpr (Penalised) {
+        list_chunks_of_words(block, from);
+      } else {
+        list_chunks(block, least);
+      }
+    }
     __syncthreads();
     if (s.n_listed > kMost) return false;
-    if (!whole_chunks()) {
+    if constexpr (Penalised) {
+      if (s.n_listed <= 3 * kTopkThreads) {
+        list_penalised<3>(from);
+      } else {
+        list_penalised<4>(from);
+      }
+    } else if (!whole_chunks()) {
       list_tokens<1, 8>(from);
     } else if (s.n_listed <= 3 * kTopkThreads) {
       list_tokens<4, 3>(from);
@@ -245,9 +279,9 @@ struct LongRow {
     return s.n <= kMost;
   }
 
-  ATTNKIT_DEVICE bool whole_chunks() const { return any.r.logits_wide && p.V % 4 == 0; }
+  ATTNKIT_DEVICE bool whole_chunks() const { return Penalised || (any.r.logits_wide && p.V % 4 == 0); }
   // Each listed token's word.
-  ATTNKIT_DEVICE u32* words() const { return reinterpret_cast<u32*>(chunks); }
+  ATTNKIT_DEVICE u32* words() const { return behind; }
 
   // Four of a warp's blocks: a bit for each chunk, then one by one.
   ATTNKIT_DEVICE void list_chunks(int block, u32 least) const {
@@ -256,7 +290,7 @@ struct LongRow {
     for (int i = 0; i < 16; ++i) {
       const int one = block + i / 4 * kTopkWarps;
       if (one < p.blocks) {
-        const uint2 four = chunks[(one * 4 + i % 4) * 32 + any.lane];
+        const uint2 four = reinterpret_cast<const uint2*>(behind)[(one * 4 + i % 4) * 32 + any.lane];
         found |= at_least<Type>(four.x, least) & 0x10001u << i;
         others |= at_least<Type>(four.y, least) & 0x10001u << i;
       }
@@ -272,6 +306,84 @@ struct LongRow {
       found &= found - 1;
       const u32 chunk = first + (bit / 4 & 3u) * (kTopkWarps * kBlock / 4) + (bit & 3u) * (kPiece / 4) + (bit / 16) * (kChunk / 4);
       s.listed[at] = static_cast<u16>(chunk);
+    }
+  }
+
+  // The same of groups' words: the chunk of the largest, and the other three where one of them may reach the bound, too.
+  ATTNKIT_DEVICE void list_chunks_of_words(int block, float from) const {
+    const float held = TwoPeaks::held(from);
+    u32 firsts = 0, others = 0;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int one = block + q * kTopkWarps;
+      if (one >= p.blocks) continue;
+      const uint4 four = reinterpret_cast<const uint4*>(behind)[one * 32 + any.lane];
+      const u32 w[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        firsts |= TwoPeaks::of(w[j]) >= held ? 1u << (4 * q + j) : 0;
+        others |= !(TwoPeaks::second_of(w[j]) < from) ? 1u << (4 * q + j) : 0;
+      }
+    }
+    others &= firsts;
+    const u32 n = __popc(firsts) + 3 * __popc(others);
+    int at = place_of(n, &s.n_listed);
+    if (at + static_cast<int>(n) > kMost) return;
+#pragma unroll 1
+    for (; firsts != 0; firsts &= firsts - 1) {
+      const u32 bit = __ffs(firsts) - 1, one = block + bit / 4 * kTopkWarps;
+      const u32 word = behind[(one * 32 + any.lane) * 4 + bit % 4];
+      const u32 chunk = one * (kBlock / 4) + bit % 4 * (kPiece / 4) + any.lane;
+      const u32 end = (others >> bit & 1) != 0 ? 4 : 1;
+#pragma unroll 1
+      for (u32 u = 0; u < end; ++u) {
+        const u32 c = (word + u) & 3u;
+        s.listed[at++] = static_cast<Listed>((chunk + c * (kChunk / 4)) | (TwoPeaks::seen_in(word, c) ? kSeen : 0));
+      }
+    }
+  }
+
+  // ``Ahead`` chunks at a time, with what comes with them; their words are worked out meanwhile.
+  template <int Ahead>
+  ATTNKIT_DEVICE void list_penalised(float from) const {
+    const int chunks = s.n_listed;
+    const Philox noise = s.noise;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i - any.lane < chunks; i += Ahead * kTopkThreads) {
+      ChunkAsked<Type, true> asked[Ahead];
+      int v[Ahead];
+#pragma unroll
+      for (int u = 0; u < Ahead; ++u) {
+        // What lies past the end of the list is somewhere in shared memory.
+        const u32 listed = s.listed[i + u * kTopkThreads];
+        v[u] = i + u * kTopkThreads < chunks ? static_cast<int>(4 * (listed & 0xffffu)) : p.V;
+        asked[u].ask(any.r, v[u], p.V, (listed & kSeen) != 0);
+      }
+      u32 w[Ahead][4];
+#pragma unroll
+      for (int u = 0; u < Ahead; ++u) {
+        if (i - any.lane + u * kTopkThreads < chunks) noise.words(static_cast<u32>(v[u]) / 4, w[u]);
+      }
+      float x[Ahead][4];
+      u32 n = 0;
+#pragma unroll
+      for (int u = 0; u < Ahead; ++u) {
+        asked[u].use(x[u], any.r, any.o, v[u], p.V);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) n += x[u][j] >= from ? 1 : 0;
+      }
+      __syncwarp();
+      int at = place_of(n, &s.n);
+      if (at + static_cast<int>(n) > kMost) continue;
+#pragma unroll
+      for (int u = 0; u < Ahead; ++u) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (!(x[u][j] >= from)) continue;
+          s.keys[at] = static_cast<u64>(__float_as_uint(x[u][j])) << 32 | static_cast<u32>(v[u] + j);
+          words()[at++] = w[u][j];
+        }
+      }
     }
   }
 
@@ -440,7 +552,7 @@ struct LongRow {
     const bool weigh = options.share < 1.0f;
     const float least = options.ratio > 0.0f ? __fadd_rn(top, logf(options.ratio)) : -kF32Max;
     make_keys(cells, weigh, top);
-    if (!cells.good) return any.finish(k, any.find_last(k, 0, any), options.share, options.ratio, top, 0);
+    if (!cells.good) return any.finish(k, any.find_last(k, 0, any), options.share, options.ratio, top, 0, Between{0, 0});
     add_up(k);
     const float2 end = weigh ? top_p_end(cells, options.share, k) : make_float2(kF32Max, kF32Max);
     u64 drawn = 0;
@@ -455,7 +567,7 @@ struct LongRow {
       if (before == 0 || static_cast<float>(before) < end.x) return best_id(drawn);
       if (static_cast<float>(before) < end.y) break;
     }
-    return any.finish(k, last_of_cell(cells, k), options.share, options.ratio, top, drawn);
+    return any.finish(k, last_of_cell(cells, k), options.share, options.ratio, top, drawn, Between{0, 0});
   }
 
   // ``range``: before temperature.
@@ -464,13 +576,26 @@ struct LongRow {
     if (k != 0) {
       if (k <= kMost / 2 && k <= static_cast<u32>(p.blocks) * (kBlock / 16)) from = bound(k, range);
     } else {
-      from = TopkRow<Type, false>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
+      from = TopkRow<Type, Penalised>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
     }
-    if (!(from > -kF32Max) || !collect(from)) return draw_unlisted<Type, false>(p, s.any, b, k, top);
+    // With penalties and a mask fewer than k may be left: all of them are listed then.
+    const bool some = Penalised ? from >= -kF32Max : from > -kF32Max;
+    Between enough{0, 0};
+    if (Penalised && k == 0 && options.share < 1.0f) enough = enough_by_lanes(options.share, top);
+    if (!some || !collect(from)) return draw_unlisted<Type, Penalised>(p, s.any, b, k, top, enough);
     any.list = s.keys, any.listed = s.n;
-    if (k != 0) return draw_listed(k, options, top, from);
+    if (k != 0) return draw_listed(Penalised ? min(k, static_cast<u32>(s.n)) : k, options, top, from);
     make_keys(Cells(top, 0.0f), false, top);
-    return any.finish(0, 1, options.share, options.ratio, top, 0);
+    return any.finish(0, 1, options.share, options.ratio, top, 0, enough);
+  }
+
+  // What top-p wants of the row, by the sums of floats that the lanes took of it: to a margin for rounding. None if they are no numbers.
+  ATTNKIT_DEVICE Between enough_by_lanes(float share, float top) const {
+    const float over = mass.over(top), margin = 3e-5f + 1e-6f * fabsf(top);
+    const bool bad = __syncthreads_or(!(over < 1e6f)) != 0 || !(margin < 0.01f);
+    const double all = static_cast<double>(share) * static_cast<double>(any.sum_of(bad ? 0 : static_cast<u64>(over * kMassOne)));
+    if (bad) return Between{0, 0};
+    return Between{static_cast<u64>(all * (1.0 - margin)), static_cast<u64>(all * (1.0 + margin)) + 2};
   }
 
   // ``mine``: a thread's largest peak.

@@ -105,6 +105,21 @@ struct OnceRow<Type, true> {
     __syncthreads();
     return mine;
   }
+  // The same of words (see TwoPeaks).
+  ATTNKIT_DEVICE float keep_words(u32* words, LaneMass& mass) {
+    return plain ? keep_words(blocks<true>(), words, mass) : keep_words(blocks<false>(), words, mass);
+  }
+  template <class Blocks>
+  ATTNKIT_DEVICE float keep_words(const Blocks& blocks, u32* words, LaneMass& mass) {
+    float mine = negative_infinity();
+    blocks.keep(begun, reinterpret_cast<float4*>(words), first, [&](u32 slot, const RowOptions& o) {
+      const TwoPeaks peaks = blocks.two_peaks(slot, o, mass);
+      mine = max_nan(mine, peaks.first);
+      return __uint_as_float(peaks.word());
+    });
+    __syncthreads();
+    return mine;
+  }
 };
 
 // Where peaks lie: behind what the row's draw takes, and what brings them.
@@ -114,115 +129,31 @@ ATTNKIT_DEVICE auto peaks_behind(char* memory) {
   return reinterpret_cast<Raw<Row::kHeld>*>(memory + max(static_cast<int>(sizeof(Shared)), Row::kRing));
 }
 
-// A row of a longer top-k or of min-p with penalties: its tokens are listed if there is room.
-template <int Type>
-struct LongCounted {
-  static constexpr int kMost = 8192;
-  // Shared memory. Mirrors LONG_COUNTED_BYTES in attnkit/backends/cuda/builds/sampling.py.
-  struct alignas(16) Shared {
-    AnyShared any;
-    u64 keys[kMost];
-    u16 groups[kMost];
-    int n, n_groups;
-  };
-  static_assert(sizeof(Shared) == 84192, "LONG_COUNTED_BYTES");
-  const SampleParams& p;
-  Shared& s;
-  const Raw<kF32>* const peaks;
-  AnyRow<Type, true, false>& any;
-
-  // f(peak, number of its group) for all groups; every thread as often.
-  template <class F>
-  ATTNKIT_DEVICE void for_peaks(F&& f) const {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i - any.lane < p.blocks * 32; i += kTopkThreads) {
-      float x[4];
-      widen_four<kF32>(i < p.blocks * 32 ? peaks[i] : load_four_guarded<kF32>(nullptr, 0, 0), x);
-#pragma unroll
-      for (int u = 0; u < 4; ++u) f(x[u], (i / 32 * 4 + u) * 32 + i % 32);
-    }
-  }
-
-  // Their keys.
-  template <class F>
-  ATTNKIT_DEVICE void for_all(F&& f) const {
-    for_peaks([&](float peak, int group) { f(pack_best(peak, group)); });
-  }
-
-  // Lists the tokens from ``from`` on, before temperature; their groups are read again. False if there is no room.
-  ATTNKIT_DEVICE bool collect(float from) {
-    if (threadIdx.x == 0) s.n = s.n_groups = 0;
-    __syncthreads();
-    for_peaks([&](float peak, int group) {
-      if (!(peak >= from)) return;
-      const int at = atomicAdd(&s.n_groups, 1);
-      if (at < kMost) s.groups[at] = static_cast<u16>(group);
-    });
-    __syncthreads();
-    if (s.n_groups > kMost) return false;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < 4 * s.n_groups; i += kTopkThreads) {
-      const int v = first_of_group(s.groups[i / 4]) + i % 4 * kChunk;
-      float x[4];
-      load_chunk<Type, true>(x, any.r, any.o, v, p.V);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (!(x[j] >= from)) continue;
-        const int at = atomicAdd(&s.n, 1);
-        if (at < kMost) s.keys[at] = pack_best(warm(x[j], any.o), v + j);
-      }
-    }
-    __syncthreads();
-    return s.n <= kMost;
-  }
-
-  ATTNKIT_DEVICE int draw(u32 k, const TopkOptions& options, float top) {
-    float from = negative_infinity();
-    if (k != 0) {
-      // As many tokens as groups reach the k-th of their peaks.
-      if (k <= kMost / 2 && k <= static_cast<u32>(p.blocks) * (kBlock / 16)) {
-        const u64 last = any.find_last(k, 40, *this);
-        from = TopkRow<Type, true>::below(order_value(high_word(last)));
-      }
-    } else {
-      from = TopkRow<Type, true>::below(__fadd_rn(top, logf(options.ratio)) * any.o.t);
-    }
-    if (from > -kF32Max && collect(from)) any.list = s.keys, any.listed = s.n;
-    return any.draw(k, options.share, options.ratio, top);
-  }
-};
-
-// A row with penalties that has no short top-k. A function of its own: what it keeps in registers is not the others'.
-template <int Type>
-__device__ __noinline__ void draw_counted(const SampleParams& p, char* memory, int b) {
-  using Long = LongCounted<Type>;
-  const RawOptions raw(p, b);
-  const TopkOptions options(p, b);
-  const bool counts = options.given > 0 && options.given < p.V;
-  __syncthreads();
-  if (!counts && options.ratio <= 0.0f) {
-    const int n = p.blocks * (kBlock / 16);
-    draw_by_arrival<Type, true>(p, ArriveMemory(memory, n), b, 1, 0, n);
-    return;
-  }
-  auto& s = *reinterpret_cast<typename Long::Shared*>(memory);
-  auto* const peaks = peaks_behind<Type, true, typename Long::Shared>(memory);
-  OnceRow<Type, true> row(p, memory, b);
-  row.begin();
-  const RowOptions o = raw.use();
-  const RowPointers r = row_pointers<Type>(p, b);
-  AnyRow<Type, true, false> any{p, s.any, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
-  const float top = any.top_of(row.keep(peaks));
-  int id = -1;
-  if (top > negative_infinity()) id = Long{p, s, peaks, any}.draw(counts ? static_cast<u32>(options.given) : 0, options, top);
-  if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
-}
-
-// A row without any of these: a function of its own too.
-template <int Type>
+// A row without top-k and min-p. A function of its own: what it keeps in registers is not the others'.
+template <int Type, bool Penalised>
 __device__ __noinline__ void draw_flat(const SampleParams& p, char* memory, int b) {
   const int n = p.blocks * (kBlock / 16);
-  draw_by_arrival<Type, false>(p, ArriveMemory(memory, n), b, 1, 0, n);
+  draw_by_arrival<Type, Penalised>(p, ArriveMemory(memory, n), b, 1, 0, n);
+}
+
+// A row of a longer top-k or of min-p with penalties, of which first pieces are on their way: a function of its own too. ``k``: 0
+// without top-k.
+template <int Type>
+__device__ __noinline__ void draw_counted(const SampleParams& p, char* memory, int b, u32 k, OnceRow<Type, true> row) {
+  using Long = LongRow<Type, true>;
+  static_assert(sizeof(typename Long::Shared) <= OnceRow<Type, true>::kRing);  // at_once_bytes in builds
+  const RawOptions raw(p, b);
+  const TopkOptions options(p, b);
+  auto& s = *reinterpret_cast<typename Long::Shared*>(memory);
+  auto* const words = reinterpret_cast<u32*>(peaks_behind<Type, true, typename Long::Shared>(memory));
+  const RowOptions o = raw.use();
+  const RowPointers r = row_pointers<Type>(p, b);
+  const u64 seed = static_cast<u64>(raw.seed), offset = static_cast<u64>(raw.offset);
+  LaneMass mass{k == 0 && options.share < 1.0f, o.rt * kLog2e};
+  const float mine = row.keep_words(words, mass);
+  Long::open(s, seed, offset);
+  Long long_row{p, s, words, AnyRow<Type, true, true>{p, s.any, r, o, seed, offset}, mass};
+  long_row.choose(k, options, mine, b);
 }
 
 template <int Type, bool Penalised>
@@ -239,17 +170,18 @@ ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
   const TopkOptions options(p, b);
   once.begin();
   const u64 seed = static_cast<u64>(raw.seed), offset = static_cast<u64>(raw.offset);
+  const u32 longer = options.given > 0 && options.given < p.V ? static_cast<u32>(options.given) : 0;
+  if (options.k == 0 && longer == 0 && options.ratio <= 0.0f) {
+    once.leave();
+    if (Penalised) __syncthreads();  // nobody's pieces are on their way to where other things will lie
+    draw_flat<Type, Penalised>(p, memory, b);
+    return;
+  }
   if constexpr (Penalised) {
     if (options.k == 0) {
-      once.leave();
-      draw_counted<Type>(p, memory, b);
+      draw_counted<Type>(p, memory, b, longer, once);
       return;
     }
-  }
-  const u32 longer = options.given > 0 && options.given < p.V ? static_cast<u32>(options.given) : 0;
-  if (!Penalised && options.k == 0 && longer == 0 && options.ratio <= 0.0f) {
-    if constexpr (!Penalised) draw_flat<Type>(p, memory, b);
-    return;
   }
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
@@ -259,7 +191,8 @@ ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
       uint2* const chunks = reinterpret_cast<uint2*>(&s_long + 1);
       LongRow<Type>::open(s_long, seed, offset);
       const float mine = once.template keep<true>(s_long.peaks, chunks);
-      LongRow<Type>{p, s_long, chunks, AnyRow<Type, false, true>{p, s_long.any, r, o, seed, offset}}.choose(longer, options, mine, b);
+      const AnyRow<Type, false, true> any{p, s_long.any, r, o, seed, offset};
+      LongRow<Type>{p, s_long, reinterpret_cast<u32*>(chunks), any, LaneMass{false}}.choose(longer, options, mine, b);
       return;
     }
   }

@@ -27,15 +27,15 @@ struct alignas(16) TopkShared {
   }
 };
 
-// A row whose tokens have no room. A function of its own: what it keeps in registers is not the others'.
+// A row whose tokens have no room. A function of its own: what it keeps in registers is not the others'. ``enough``: see AnyRow.
 template <int Type, bool Penalised>
-__device__ __noinline__ int draw_unlisted(const SampleParams& p, AnyShared& s, int b, u32 k, float top) {
+__device__ __noinline__ int draw_unlisted(const SampleParams& p, AnyShared& s, int b, u32 k, float top, Between enough = Between{0, 0}) {
   const RawOptions raw(p, b);
   const TopkOptions options(p, b);
   const RowOptions o = raw.use();
   const RowPointers r = row_pointers<Type>(p, b);
   const AnyRow<Type, Penalised, false> row{p, s, r, o, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
-  return row.draw(k, options.share, options.ratio, top);
+  return row.draw(k, options.share, options.ratio, top, enough);
 }
 
 template <int Type, bool Penalised>

@@ -20,9 +20,9 @@ TOPK_THREADS, TOPK_CTAS = 512, 2
 #: CountedSlot::kBytes in csrc/cuda/sampling/sample_counted_sm90.cuh, of 16-bit and of float32 logits, less what a bias takes.
 COUNTED_THREADS, COUNTED_SLOTS, COUNTED_BYTES, COUNTED_BIAS = 512, 2, (4096, 5120), 2048
 #: sizeof(LongRow::Shared) in csrc/cuda/sampling/sample_long_sm90.cuh, the longest top-k whose tokens it lists, and how many it
-#: lists: 8 bytes a group follow, in whose place 4 bytes a listed token will be. sizeof(LongCounted::Shared) in
-#: sample_once_sm90.cuh, with penalties.
-LONG_BYTES, MOST_LONG, MOST_LISTED_LONG, LONG_COUNTED_BYTES = 101280, 4096, 8192, 84192
+#: lists: 8 bytes a group follow, in whose place 4 bytes a listed token will be. With penalties it is less than what brings the
+#: row, and a group has 4 bytes.
+LONG_BYTES, MOST_LONG, MOST_LISTED_LONG = 101280, 4096, 8192
 #: Threads of the ring and the flow kernel, sizeof(RingShared) and sizeof(FlowShared) in csrc/cuda/sampling, and sizeof(LeadRow)
 #: in sample_lead_sm90.cuh there.
 LEAD_THREADS, RING_BYTES, FLOW_BYTES, LEAD_ROW_BYTES = 512, 70912, 128, 128
@@ -154,10 +154,8 @@ def fits_at_once(kind: int, penalised: bool, B: int, V: int, sms: int, short: bo
 
 def at_once_bytes(kind: int, penalised: bool, V: int) -> int:
     """Shared memory: what a row by arrival takes, or one of a longer top-k, or what brings its peaks; a short one less."""
-    longer = LONG_BYTES + max(8 * groups(V), 4 * MOST_LISTED_LONG)
-    if penalised:
-        longer = max(LONG_COUNTED_BYTES, counted_bytes(kind, False)) + 4 * groups(V)
-    return max(arrive_bytes(V, 1), longer, LEAD_ALONE)
+    first, each = (counted_bytes(kind, False), 4) if penalised else (LONG_BYTES, 8)
+    return max(arrive_bytes(V, 1), first + max(each * groups(V), 4 * MOST_LISTED_LONG), LEAD_ALONE)
 
 
 def top_p(kind: int, penalised: bool) -> Variant:
