@@ -34,7 +34,7 @@ __device__ __noinline__ void draw_unknown_list(const SampleParams& p, char* memo
   }
   const float top = row.top_of(most);
   int id = -1;
-  if (top > negative_infinity()) id = row.draw(o.cold ? 1 : 0, options.top_p, options.min_p, top);
+  if (top > negative_infinity()) id = row.draw(o.cold ? 1 : 0, options.top_p, options.min_p, top, Between{});
   if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
 }
 
