@@ -83,7 +83,7 @@ struct AnyRow {
         float x[4];
         chunks[u].use(x, r, o, v + u * kStep, p.V);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = warm(x[i], o);
+        for (int i = 0; i < 4; ++i) x[i] = o.tempered ? tempered(x[i], o) : fminf(x[i], kF32Max);
         f(x, v + u * kStep);
       }
     }
@@ -138,8 +138,9 @@ struct AnyRow {
     return prefix;
   }
 
-  // The key of the best draw of the tokens from key ``last`` and logit ``least`` on; 0 if there is none.
-  ATTNKIT_DEVICE u64 draw_from(u64 last, float least) const {
+  // The key of the best draw of the tokens from key ``last`` and logit ``least`` on; 0 if there is none. ``mass``: what this thread has
+  // of them, not exactly; of listed ones it is not summed up.
+  ATTNKIT_DEVICE u64 draw_from(u64 last, float least, float top, float& mass) const {
     u64 best = 0, own = 0;
     if constexpr (!Listed) {
       __syncthreads();
@@ -147,11 +148,18 @@ struct AnyRow {
       __syncthreads();
       Draw draw(1.0f, &s.reached);
       const Philox noise(seed, offset, kOfTokens);
+      // What is of key ``last`` and before it; that may be none of a number.
+      const float end = order_value(max(high_word(last), order_key(negative_infinity())));
+      const u32 end_id = 0xffffffffu - static_cast<u32>(last);
       for_chunks([&](const float (&x)[4], int v) {
         float kept[4];
         u32 w[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) kept[i] = x[i] >= least && (last <= 1 || pack_best(x[i], v + i) >= last) ? x[i] : negative_infinity();
+        for (int i = 0; i < 4; ++i) {
+          const bool is = (x[i] > end) | ((x[i] == end) & (static_cast<u32>(v + i) <= end_id));
+          kept[i] = is & (x[i] >= least) ? x[i] : negative_infinity();
+          mass += exp2_fast((kept[i] - top) * kLog2e);
+        }
         noise.words(static_cast<u32>(v) >> 2, w);
         __syncwarp();
         draw.four(kept, w, v, [](float logit) { return logit; });
@@ -200,13 +208,26 @@ struct AnyRow {
     if (share < 1.0f && enough.high == 0) enough.low = enough.high = enough_of(k, last, share, top);
 #pragma unroll 1
     while (true) {
-      const u64 own = first >= last ? first : draw_from(last, least);
+      float mass = 0.0f;
+      const u64 own = first >= last ? first : draw_from(last, least, top, mass);
       if (share >= 1.0f || own == 0) return own == 0 ? -1 : best_id(own);
+      // Where all that min-p keeps is less than top-p wants none is left out.
+      if (!Listed && sum_of(static_cast<u64>(mass * (1.0001f * kMassOne))) < enough.low) return best_id(own);
       u64 heavier = 0;
       bool any = false;
-      for_all([&](u64 key) {
-        if (key > own) heavier += whole_mass(logit_of(key), top), any = true;
-      });
+      if constexpr (Listed) {
+        for_all([&](u64 key) {
+          if (key > own) heavier += whole_mass(logit_of(key), top), any = true;
+        });
+      } else {
+        const Place place{logit_of(own), best_id(own)};
+        for_chunks([&](const float (&x)[4], int v) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (place.after(x[i], v + i)) heavier += whole_mass(x[i], top), any = true;
+          }
+        });
+      }
       const bool precedes = __syncthreads_or(any) != 0;
       const u64 before = sum_of(heavier);
       if (precedes && before >= enough.low && before < enough.high) enough.low = enough.high = enough_of(k, 1, share, top);
