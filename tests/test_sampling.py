@@ -246,11 +246,15 @@ def ways(**changes: Any) -> tuple[str, ...]:
         (15, None, 0.0, True, ("arrival",)),
         (16, 0.6, 0.0, True, ("arrival",)),
         (16, None, 0.0, True, ("arrival",)),
-        (16, 0.1, None, True, ("cut",)),
+        (39, 0.1, None, True, ("cut",)),
+        (40, 0.1, None, True, ("once",)),
+        (133, 0.9, 0.05, True, ("cut",)),
+        (128, 0.9, 0.05, False, ("cut",)),
         (15, 0.1, 0.05, False, ("rest",)),
     ],
 )
-def test_who_draws_under_top_p(B, top_p, min_p, counts, expected):
+def test_who_draws_under_top_p(B, top_p, min_p, counts, expected, monkeypatch):
+    monkeypatch.setattr(cuda_sampling.arch, "of", lambda device: SimpleNamespace(sms=132, sm=90))
     assert ways(B=B, top_p=top_p, min_p=min_p, counts=counts, repetition_penalty=1.2) == expected
 
 
@@ -264,18 +268,25 @@ def test_who_draws_under_top_p(B, top_p, min_p, counts, expected):
         (("once",), {"top_k": 1000, "B": 24, "dtype": torch.bfloat16}),
         (("rest",), {"top_k": 4097}),
         (("rest",), {"top_k": 1000, "B": 24}),
-        (("rest",), {"top_k": 1000, "B": 133}),
+        (("once",), {"top_k": 1000, "B": 133}),
+        (("once",), {"top_k": None, "B": 133}),
         (("once",), {"top_k": 1000, "counts": True, "frequency_penalty": 0.1}),
         (("once",), {"top_k": 50, "counts": True, "frequency_penalty": 0.1, "B": 40}),
         (("short",), {"top_k": 50, "counts": True, "frequency_penalty": 0.1, "B": 39}),
         (("once",), {"top_k": None, "allowed": True, "B": 264}),
         (("rest",), {"top_k": 1000, "logit_bias": True}),
         (("short",), {"top_k": 128, "B": 133}),
+        (("once",), {"top_k": 128, "B": 200}),
+        (("tally",), {"dtype": torch.bfloat16, "min_p": 0.05}),
+        (("cut",), {"dtype": torch.bfloat16, "min_p": 0.05, "B": 133}),
+        (("tally",), {"dtype": torch.bfloat16, "min_p": None, "top_p": 0.9, "B": 133}),
+        (("tally",), {"dtype": torch.bfloat16, "top_p": None, "B": 24}),
+        (("arrival",), {"dtype": torch.bfloat16, "top_p": 0.9, "B": 23}),
         (("short", "rest"), {"top_k": None, "logit_bias": True}),
     ],
     ids=str,
 )
-def test_who_draws_under_top_k(expected, changes, monkeypatch):
-    """A number up to what a list has room for as a tensor is, where each row has a multiprocessor; else the filter kernel."""
+def test_who_draws(expected, changes, monkeypatch):
+    """A number up to what a list has room for as a tensor is, where there are rows enough; else the filter kernel."""
     monkeypatch.setattr(cuda_sampling.arch, "of", lambda device: SimpleNamespace(sms=132, sm=90))
     assert ways(**changes) == expected
