@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -290,3 +291,14 @@ def test_who_draws(expected, changes, monkeypatch):
     """A number up to what a list has room for as a tensor is, where there are rows enough; else the filter kernel."""
     monkeypatch.setattr(cuda_sampling.arch, "of", lambda device: SimpleNamespace(sms=132, sm=90))
     assert ways(**changes) == expected
+
+
+@pytest.mark.parametrize("B", [64, 128, 133, 200, 256, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_combination_of_many_rows_goes_to_the_filter_kernel(dtype, B, monkeypatch):
+    """Which takes ten times as long and more."""
+    monkeypatch.setattr(cuda_sampling.arch, "of", lambda device: SimpleNamespace(sms=132, sm=90))
+    for top_k, top_p, min_p in itertools.product((0, 50, 1000, None), (1.0, 0.9, None), (0.0, 0.05, None)):
+        filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "B": B, "dtype": dtype}
+        assert "rest" not in ways(**filters), filters
+        assert "rest" not in ways(**filters, counts=True, repetition_penalty=None), filters

@@ -143,13 +143,13 @@ def once(kind: int, penalised: bool) -> Variant:
 
 
 def fits_at_once(kind: int, penalised: bool, B: int, V: int, sms: int, short: bool = False) -> bool:
-    """Whether that one is the sooner: not too few rows, a multiprocessor for each, which holds any row's groups. With penalties
-    also more rows of a large vocabulary, where few multiprocessors wait for the last of them; without, any more rows, but of a
-    top-k that is known to be ``short`` those for which few do."""
+    """Whether that one is the sooner: not too few rows, a multiprocessor for each, which holds any row's groups. Also more rows
+    than those, but of a top-k that is known to be ``short`` (or absent) only where few multiprocessors wait for the last of
+    them, and with penalties of a large vocabulary."""
     least = max(1, (V - COUNTED_FREE) // COUNTED_ROW) if penalised else LEAST_AT_ONCE[kind == F32]
     rounds = -(-B // sms)
-    many = V > COUNTED_MANY and 5 * B >= 4 * sms * rounds if penalised else not short or 4 * B >= 3 * sms * rounds
-    return least <= B and (rounds == 1 or many) and groups(V) <= MOST_LOCAL
+    filled = V > COUNTED_MANY and 5 * B >= 4 * sms * rounds if penalised else 4 * B >= 3 * sms * rounds
+    return least <= B and (rounds == 1 or not short or filled) and groups(V) <= MOST_LOCAL
 
 
 def at_once_bytes(kind: int, penalised: bool, V: int) -> int:
@@ -268,15 +268,15 @@ def filter_ctas(tiles: int, held: int) -> int:
 
 
 def shipped() -> list[Variant]:
-    """What common calls ask for: float32 and bf16 logits, slices that let three CTAs share a multiprocessor."""
-    kinds = (F32, BF16)
+    """What common calls ask for: slices that let three CTAs share a multiprocessor."""
+    kinds = (F32, BF16, F16)
     draws = [draw(kind, *how) for kind in kinds for how in ((False, False), (False, True), (True, False))]
     cuts = [filters(kind, penalised, 3) for kind in kinds for penalised in (False, True)]
     cuts += [cut(kind, penalised) for kind in kinds for penalised in (False, True)]
     short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
     at_once = [once(kind, penalised) for kind in kinds for penalised in (False, True)]
-    draws += [changed(kind) for kind in kinds]
+    draws += [*(changed(kind) for kind in kinds), *(flow(kind) for kind in (BF16, F16))]
     tallies = [tally(lists) for lists in (False, True)]
     logs = [logprobs(kind, 3) for kind in kinds]
-    return [ring(), flow(BF16), *tallies, *draws, *cuts, *at_once, *short, *arrivals, *logs]
+    return [ring(), *tallies, *draws, *cuts, *at_once, *short, *arrivals, *logs]
