@@ -50,8 +50,8 @@ def _supports(sig: SampleSig) -> str | None:
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
     """Who draws: "all" tokens, of many rows by a "ring" or a "flow" or where penalties have "changed" them by that, a "short"
-    top-k by two launches or "once", whatever rows' top-k is, top-p without top-k and min-p by "arrival", a "cut" of many rows,
-    the "rest" of the filters. Each row is drawn by one."""
+    top-k by two launches or "once", whatever rows' top-k is, top-p without top-k and min-p by "arrival", many bf16 rows of it
+    and of min-p by a "tally", other min-p of many rows by a "cut", the "rest" of the filters. Each row is drawn by one."""
     if not filtered(sig):
         sms = arch.of(sig.device).sms
         if extras(sig):

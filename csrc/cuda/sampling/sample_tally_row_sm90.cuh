@@ -38,7 +38,6 @@ struct TallyOptions {
     return raw;
   }
 
-
  private:
   ATTNKIT_DEVICE static bool same(float x, float y) { return __float_as_uint(x) == __float_as_uint(y); }
   ATTNKIT_DEVICE static float read(const float* from, float value, int b) {
@@ -55,7 +54,7 @@ struct TallyOptions {
 struct alignas(128) TallyRowShared {
   u32 counters[Values::kPlaces];
   u64 landed[kMostSlots], taken[kMostSlots];
-  u32 sampled[kSamplers][kBounds];                 // by the bounds that tokens are between: masses, or how many
+  u32 sampled[kSamplers][kBounds];                 // masses by the bounds that they are between
   float most_sampled[kSamplers], from[kSamplers];  // the largest of a sample, and from where on it would have tokens counted
   u32 stale;                                       // options were read too early, or there may be tokens beyond the counters
   TallyOptions guess;

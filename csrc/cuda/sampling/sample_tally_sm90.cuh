@@ -18,7 +18,7 @@ __device__ __noinline__ void draw_unknown(const SampleParams& p, char* memory, i
   const TallyOptions options(p, b);
   draw_by_arrival<kBf16, false>(p, ArriveMemory(memory, n), options.raw(), options.top_p, b, 1, 0, n);
 }
-// with them by reading the row again and again.
+// with it by reading the row again and again.
 __device__ __noinline__ void draw_unknown_list(const SampleParams& p, char* memory, int b) {
   const TallyOptions options(p, b);
   const RawOptions raw = options.raw();
