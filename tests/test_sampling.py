@@ -247,11 +247,12 @@ def ways(**changes: Any) -> tuple[str, ...]:
         (15, None, 0.0, True, ("arrival",)),
         (16, 0.6, 0.0, True, ("arrival",)),
         (16, None, 0.0, True, ("arrival",)),
-        (39, 0.1, None, True, ("cut",)),
+        (39, 0.1, None, True, ("peaks", "given")),
         (40, 0.1, None, True, ("once",)),
-        (133, 0.9, 0.05, True, ("cut",)),
+        (133, 0.9, 0.05, True, ("once",)),
         (128, 0.9, 0.05, False, ("cut",)),
-        (15, 0.1, 0.05, False, ("rest",)),
+        (64, 0.1, 0.05, False, ("peaks", "given")),
+        (128, 1.0, None, False, ("once",)),
     ],
 )
 def test_who_draws_under_top_p(B, top_p, min_p, counts, expected, monkeypatch):
@@ -268,34 +269,42 @@ def test_who_draws_under_top_p(B, top_p, min_p, counts, expected, monkeypatch):
         (("once",), {"top_k": None}),
         (("once",), {"top_k": 1000, "B": 24, "dtype": torch.bfloat16}),
         (("rest",), {"top_k": 4097}),
-        (("rest",), {"top_k": 1000, "B": 24}),
+        (("peaks", "rest"), {"top_k": 4097, "allowed": True}),
+        (("peaks", "given"), {"top_k": 1000, "B": 16}),
+        (("once",), {"top_k": 1000, "B": 17}),
+        (("once",), {"top_k": 50, "B": 1, "V": 32000}),
+        (("peaks", "given"), {"top_k": None, "B": 8, "dtype": torch.bfloat16}),
+        (("once",), {"top_k": None, "B": 9, "dtype": torch.bfloat16}),
         (("once",), {"top_k": 1000, "B": 133}),
         (("once",), {"top_k": None, "B": 133}),
         (("once",), {"top_k": 1000, "counts": True, "frequency_penalty": 0.1}),
         (("once",), {"top_k": 50, "counts": True, "frequency_penalty": 0.1, "B": 40}),
-        (("short",), {"top_k": 50, "counts": True, "frequency_penalty": 0.1, "B": 39}),
+        (("peaks", "given"), {"top_k": 50, "counts": True, "frequency_penalty": 0.1, "B": 39}),
+        (("peaks", "given"), {"top_k": 50, "counts": True, "frequency_penalty": 0.1, "B": 99, "V": 50257}),
         (("once",), {"top_k": None, "allowed": True, "B": 264}),
-        (("rest",), {"top_k": 1000, "logit_bias": True}),
-        (("short",), {"top_k": 128, "B": 133}),
-        (("once",), {"top_k": 128, "B": 200}),
-        (("tally",), {"dtype": torch.bfloat16, "min_p": 0.05}),
-        (("cut",), {"dtype": torch.bfloat16, "min_p": 0.05, "B": 133}),
+        (("peaks", "given"), {"top_k": 1000, "logit_bias": True}),
+        (("once",), {"top_k": 128, "B": 133}),
+        (("once",), {"top_k": 1000, "V": 262144}),
+        (("rest",), {"top_k": 50, "V": 262145}),
+        (("peaks", "cut"), {"min_p": 0.1, "V": 300000, "allowed": True}),
+        (("tally",), {"dtype": torch.bfloat16, "min_p": 0.05, "top_p": 0.9}),
+        (("once",), {"dtype": torch.bfloat16, "min_p": 0.05}),
         (("tally",), {"dtype": torch.bfloat16, "min_p": None, "top_p": 0.9, "B": 133}),
         (("tally",), {"dtype": torch.bfloat16, "top_p": None, "B": 24}),
         (("arrival",), {"dtype": torch.bfloat16, "top_p": 0.9, "B": 23}),
-        (("short", "rest"), {"top_k": None, "logit_bias": True}),
+        (("peaks", "given"), {"top_k": None, "logit_bias": True}),
     ],
     ids=str,
 )
 def test_who_draws(expected, changes, monkeypatch):
-    """A number up to what a list has room for as a tensor is, where there are rows enough; else the filter kernel."""
+    """A number up to what a list has room for as a tensor is; beyond that the filter kernel."""
     monkeypatch.setattr(cuda_sampling.arch, "of", lambda device: SimpleNamespace(sms=132, sm=90))
     assert ways(**changes) == expected
 
 
-@pytest.mark.parametrize("B", [64, 128, 133, 200, 256, 1000])
+@pytest.mark.parametrize("B", [1, 16, 32, 64, 128, 133, 200, 256, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_combination_of_many_rows_goes_to_the_filter_kernel(dtype, B, monkeypatch):
+def test_no_combination_goes_to_the_filter_kernel(dtype, B, monkeypatch):
     """Which takes ten times as long and more."""
     monkeypatch.setattr(cuda_sampling.arch, "of", lambda device: SimpleNamespace(sms=132, sm=90))
     for top_k, top_p, min_p in itertools.product((0, 50, 1000, None), (1.0, 0.9, None), (0.0, 0.05, None)):

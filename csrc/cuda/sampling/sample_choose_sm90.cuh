@@ -9,9 +9,8 @@
 
 namespace attnkit::sampling {
 
-template <int Type, bool Penalised>
+template <int Type>
 struct CutRow {
-  static constexpr int kHeldType = Penalised ? kF32 : Type;
   const SampleParams& p;
   CutShared& s;
   float2* const list;
@@ -34,7 +33,7 @@ struct CutRow {
 
   // ---- what the CTAs tell each other ----
 
-  ATTNKIT_DEVICE void meet(const Listing<Type, Penalised>& listing) {
+  ATTNKIT_DEVICE void meet(const Listing<Type>& listing) {
     const float seen = listing.seen;
     const bool odd = __syncthreads_or(seen != seen) != 0, over = __syncthreads_or(listing.ran_over()) != 0;
     n = static_cast<int>(listing.to - smem_address(list)) / (kSampleThreads * 8);
@@ -205,21 +204,20 @@ struct CutRow {
   ATTNKIT_DEVICE void for_share(F&& f) const {
     const RowPointers r = row_pointers<Type>(p, h.b);
     const int last = h.end * kBlock;
-    Fetched<Type, Penalised> fetched;
+    Fetched<Type, false> fetched;
     int v = h.from * kBlock + 4 * lane;
-    if (!Penalised && v < last) fetched.ask(r, v, p.V);
+    if (v < last) fetched.ask(r, v, p.V);
 #pragma unroll 1
     for (; v < last; v += kPiece) {
-      Raw<kHeldType> held[4];
-      if (Penalised) fetched.ask(r, v, p.V);
+      Raw<Type> held[4];
       fetched.use(held, r, o, v, p.V);
-      if (!Penalised && v + kPiece < last) fetched.ask(r, v + kPiece, p.V);
+      if (v + kPiece < last) fetched.ask(r, v + kPiece, p.V);
       f(held, v);
     }
   }
 
   ATTNKIT_DEVICE void weigh_row() {
-    for_share([&](const Raw<kHeldType>(&held)[4], int v) {
+    for_share([&](const Raw<Type>(&held)[4], int v) {
       // Of equal logits those with lower ids come first: all of a piece or none, but where the probe itself is.
       float from[kProbes];
       bool here = false;
@@ -233,7 +231,7 @@ struct CutRow {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float x[4];
-        widen_four<kHeldType>(held[c], x);
+        widen_four<Type>(held[c], x);
         if (here) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) add(x[i], v + c * kChunk + i);
@@ -334,13 +332,13 @@ struct CutRow {
     float4* const own = reinterpret_cast<float4*>(list) + 4 * threadIdx.x;
     const auto chunk = [&](int c, float(&x)[4]) { x[0] = own[c].x, x[1] = own[c].y, x[2] = own[c].z, x[3] = own[c].w; };
     Earliest mine;
-    for_share([&](const Raw<kHeldType>(&held)[4], int v) {
-      const float peak = fminf(peak_of<kHeldType>(held), kF32Max);
+    for_share([&](const Raw<Type>(&held)[4], int v) {
+      const float peak = fminf(peak_of<Type>(held), kF32Max);
       if (peak == negative_infinity()) return;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float x[4];
-        widen_four<kHeldType>(held[c], x);
+        widen_four<Type>(held[c], x);
         own[c] = make_float4(x[0], x[1], x[2], x[3]);
       }
       u32 w[4];

@@ -144,23 +144,6 @@ struct TwoPeaks {
   ATTNKIT_DEVICE static bool seen_in(u32 word, u32 chunk) { return (word >> (2 + chunk) & 1) != 0; }
 };
 
-// The sum of exp of a lane's tokens after temperature, over that of a logit which none exceeds by much.
-struct LaneMass {
-  static constexpr float kFar = 40.0f;
-  const bool wanted;
-  const float scale;
-  float of = negative_infinity(), sum = 0.0f;
-
-  ATTNKIT_DEVICE void reach(float x) {
-    if (!((x - of) * scale > kFar)) return;
-    sum *= exp2_fast((of - x) * scale);
-    of = x;
-  }
-  ATTNKIT_DEVICE float mass(float x) const { return exp2_fast((x - of) * scale); }
-  // In units of what ``top`` weighs, which is after temperature.
-  ATTNKIT_DEVICE float over(float top) const { return sum > 0.0f ? sum * exp2_fast(__fmaf_rn(of, scale, -top * kLog2e)) : sum; }
-};
-
 // What a warp has under way.
 struct CountedBegun {
   CountedSpot at;
@@ -214,15 +197,10 @@ struct Counted {
 
   // ---- blocks ----
 
-  // The first of the warp's from n on, at or after row b, whose row is wanted; ``known`` is.
-  ATTNKIT_DEVICE CountedSpot wanted_from(int n, int b, int known) const {
-    bool wanted = true;
+  // Block n, which is of row b or a later one.
+  ATTNKIT_DEVICE CountedSpot spot_of(int n, int b) const {
 #pragma unroll 1
-    for (; n < end; n += kCountedWarps) {
-      while (n >= (b + 1) * p.blocks) ++b;
-      if (p.listed != 0 && b != known) wanted = listed_k(p, b) != 0, known = b;
-      if (wanted) break;
-    }
+    while (n < end && n >= (b + 1) * p.blocks) ++b;
     return {n, b};
   }
   ATTNKIT_DEVICE CountedPiece first_of(const CountedSpot& at) const {
@@ -450,7 +428,7 @@ struct Counted {
     }
   }
   ATTNKIT_DEVICE CountedBegun begin(int first) const {
-    const CountedSpot at = wanted_from(first, first / p.blocks, -1);
+    const CountedSpot at = spot_of(first, first / p.blocks);
     CountedBegun begun{at, Rates(p, min(at.b, p.B - 1)), first_of(at)};
 #pragma unroll 1
     for (u32 u = 0; u < kCountedSlots; ++u) ask(begun.piece, slots + u * Slot::kBytes);
@@ -484,7 +462,7 @@ struct Counted {
     coming.use(o);
 #pragma unroll 1
     while (at.n < end) {
-      const CountedSpot next = wanted_from(at.n + kCountedWarps, at.b, at.b);
+      const CountedSpot next = spot_of(at.n + kCountedWarps, at.b);
       work.block(at);
 #pragma unroll 1
       for (int u = 0; u < 4; ++u) {
@@ -506,26 +484,6 @@ struct Counted {
 
 ATTNKIT_DEVICE bool only_counts(const SampleParams& p) {
   return p.counts != nullptr && p.prompt == nullptr && p.allowed == nullptr && p.bias == nullptr;
-}
-
-// Blocks of all rows, dealt out evenly.
-template <int Type, bool Plain>
-ATTNKIT_DEVICE void keep_counted(const SampleParams& p, const char* memory) {
-  const i64 all = static_cast<i64>(p.B) * p.blocks;
-  const int first = static_cast<int>(all * blockIdx.x / gridDim.x), end = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x);
-  const Counted<Type, true, Plain> counted(p, memory, end);
-  auto begun = counted.begin(first + static_cast<int>(threadIdx.x / 32));
-  counted.run(begun, reinterpret_cast<float4*>(p.peaks), 0);
-}
-
-template <int Type>
-ATTNKIT_DEVICE void keep_counted(const SampleParams& p) {
-  extern __shared__ __align__(128) char memory[];
-  if (only_counts(p)) {
-    keep_counted<Type, true>(p, memory);
-  } else {
-    keep_counted<Type, false>(p, memory);
-  }
 }
 
 }  // namespace attnkit::sampling

@@ -7,7 +7,7 @@
 namespace attnkit::sampling {
 
 // A row that nothing holds back, or a greedy one, from the best of its CTAs.
-template <int Type, bool Penalised>
+template <int Type>
 ATTNKIT_DEVICE void draw_plainly(const SampleParams& p, CutShared& s, const Share& h, const RowOptions& o, const Best& mine) {
   const u64 own = warp_max(mine.packed());
   if (lane_id() == 0) s.sums[threadIdx.x / 32] = own;
@@ -24,24 +24,23 @@ ATTNKIT_DEVICE void draw_plainly(const SampleParams& p, CutShared& s, const Shar
   int token = good ? best_id(best) : 0;
   if (good && !o.cold) {
     float x[4], chosen;
-    load_chunk<Type, Penalised>(x, row_pointers<Type>(p, h.b), o, first_of_group(token) + static_cast<int>(lane_id() & 3) * kChunk, p.V);
+    load_chunk<Type, false>(x, row_pointers<Type>(p, h.b), o, first_of_group(token) + static_cast<int>(lane_id() & 3) * kChunk, p.V);
     token = choose_inside(x, token, h.seed, h.offset, o, chosen);
   }
   if (lane_id() == 0) p.tokens[h.b] = token, p.valid[h.b] = good;
 }
 
 // Two tokens of each of a lane's groups in a warp's first block, its largest peak and the smallest (see Listing::find_bound).
-template <int Type, bool Penalised>
-ATTNKIT_DEVICE void stand_for(const SampleParams& p, const Spot<Type>& spot, bool some, const Raw<Type> (&raw)[Penalised ? 1 : 4][4],
+template <int Type>
+ATTNKIT_DEVICE void stand_for(const SampleParams& p, const Spot<Type>& spot, bool some, const Raw<Type> (&raw)[4][4],
                               const RowPointers& r, const RowOptions& o, float (&v)[8], float& most, float& least) {
-  constexpr int kHeldType = Penalised ? kF32 : Type;
   most = negative_infinity(), least = -negative_infinity();
 #pragma unroll
   for (int u = 0; u < 8; ++u) v[u] = negative_infinity();
-  if (!Penalised && spot.whole) {
+  if (spot.whole) {
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const Raw<Type>(&four)[4] = raw[Penalised ? 0 : u];
+      const Raw<Type>(&four)[4] = raw[u];
       float x[4], y[4];
       widen_four<Type>(four[0], x);
       widen_four<Type>(four[2], y);
@@ -52,21 +51,21 @@ ATTNKIT_DEVICE void stand_for(const SampleParams& p, const Spot<Type>& spot, boo
     }
   } else if (some) {
     // The first piece alone.
-    Raw<kHeldType> held[4];
-    load_piece<Type, Penalised>(held, r, o, spot.v + static_cast<int>(lane_id()) * 4, p.V);
+    Raw<Type> held[4];
+    load_piece<Type, false>(held, r, o, spot.v + static_cast<int>(lane_id()) * 4, p.V);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       float x[4];
-      widen_four<kHeldType>(held[u], x);
+      widen_four<Type>(held[u], x);
       v[u] = x[0], v[4 + u] = x[2];
     }
-    const float peak = peak_of<kHeldType>(held);
+    const float peak = peak_of<Type>(held);
     most = fmaxf(most, peak);
     if (peak > negative_infinity()) least = peak;
   }
 }
 
-template <int Type, bool Penalised>
+template <int Type>
 ATTNKIT_DEVICE void sample_cut(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
   CutShared& s = *reinterpret_cast<CutShared*>(memory);
@@ -87,10 +86,10 @@ ATTNKIT_DEVICE void sample_cut(const SampleParams& p) {
   h.min_p = option(p.min_p, p.min_p_value, h.b);
   const int all = h.b * p.blocks, end = all + h.end;
   const Spot<Type> spot(p, all + h.from, end);
-  Raw<Type> raw[Penalised ? 1 : 4][4];
-  if (!Penalised && spot.whole) {
+  Raw<Type> raw[4][4];
+  if (spot.whole) {
 #pragma unroll
-    for (int u = 0; u < 4; ++u) spot.load(raw[Penalised ? 0 : u], u);
+    for (int u = 0; u < 4; ++u) spot.load(raw[u], u);
   }
   const RowOptions o = options.use();
   const RowPointers r = row_pointers<Type>(p, h.b);
@@ -99,18 +98,18 @@ ATTNKIT_DEVICE void sample_cut(const SampleParams& p) {
   if (h.plain() || o.cold) {
     __syncthreads();
     Drawing drawing(s, h, o);
-    stream_share<Type, Penalised>(p, drawing, spot, end, raw, r, o);
-    draw_plainly<Type, Penalised>(p, s, h, o, drawing.best);
+    stream_share<Type>(p, drawing, spot, end, raw, r, o);
+    draw_plainly<Type>(p, s, h, o, drawing.best);
     return;
   }
   float2* const list = reinterpret_cast<float2*>(memory + sizeof(CutShared));
-  Listing<Type, Penalised> listing(p, s, list, h, o);
+  Listing<Type> listing(p, s, list, h, o);
   float v[8], most, least;
-  stand_for<Type, Penalised>(p, spot, h.from < h.end, raw, r, o, v, most, least);
+  stand_for<Type>(p, spot, h.from < h.end, raw, r, o, v, most, least);
   __syncthreads();
   listing.find_bound(v, most, least);
-  stream_share<Type, Penalised>(p, listing, spot, end, raw, r, o);
-  CutRow<Type, Penalised> row{p, s, list, h, o};
+  stream_share<Type>(p, listing, spot, end, raw, r, o);
+  CutRow<Type> row{p, s, list, h, o};
   row.meet(listing);
   if (row.nan || !(row.most > negative_infinity())) {
     row.write(0, false);

@@ -3,5 +3,5 @@
 
 extern "C" __global__ void __launch_bounds__(attnkit::sampling::kSampleThreads, ATTNKIT_CTAS)
     attnkit_sample_filter(const __grid_constant__ attnkit::sampling::SampleParams params) {
-  attnkit::sampling::sample_filter<ATTNKIT_TYPE, ATTNKIT_PENALISED != 0>(params);
+  attnkit::sampling::sample_filter<ATTNKIT_TYPE>(params);
 }

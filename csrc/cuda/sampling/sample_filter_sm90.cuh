@@ -1,6 +1,6 @@
 // top-k, top-p and min-p: a cluster holds a row in its shared memory, so the logits are read from memory once.
-// Rows of a short top-k go to sample_topk_sm90.cuh, top-p and min-p of many rows to sample_cut_sm90.cuh; sample_list_sm90.cuh lists
-// few tokens for log-probabilities.
+// Most calls are others': sample_once_sm90.cuh has top-k, sample_cut_sm90.cuh min-p. sample_list_sm90.cuh lists few tokens for
+// log-probabilities.
 //
 // No cut is looked for: a draw from all tokens is checked by counting and weighing what precedes it. Where a filter
 // refuses it, so it does everything that follows, and the best of the tokens before it is tried.
@@ -75,7 +75,7 @@ ATTNKIT_DEVICE u32 load_remote(u32 from) {
   return x;
 }
 
-template <int Type, bool Penalised>
+template <int Type>
 struct FilterRow {
   const SampleParams& p;
   FilterShared& s;
@@ -89,13 +89,8 @@ struct FilterRow {
   float top = 0.0f;  // largest logit of the row, after temperature
   int turn = 0;      // which records are written next
 
-  // Tokens as they are in memory, but for penalties: those make floats of them. Bulk copies bring whole tiles, into
-  // the upper half of the room that floats will take.
-  static constexpr int kHeldType = Penalised ? kF32 : Type;
-  static constexpr int kItem = Type == kF32 ? 4 : 2;
-  static constexpr int kHeld = Penalised ? 4 : kItem;
-  static constexpr int kTileBytes = kHeld * kSampleTile;
-  static constexpr int kRawAt = (kHeld - kItem) * kSampleTile;
+  // Tokens as they are in memory; bulk copies bring whole tiles.
+  static constexpr int kItem = Type == kF32 ? 4 : 2, kTileBytes = kItem * kSampleTile;
 
   ATTNKIT_DEVICE int part() const { return (count + kGroups - 1) / kGroups; }
   ATTNKIT_DEVICE int group_end(int group) const { return min(count, (group + 1) * part()); }
@@ -114,19 +109,14 @@ struct FilterRow {
       mbarrier_arrive_expect(ready, bytes);
       for (; j < end; ++j) {
         const int v = (rank + j * size) * kSampleTile, n = min(kSampleTile, whole - v) * kItem;
-        if (n > 0) copy_bulk(smem_address(slice) + j * kTileBytes + kRawAt, r.logits + static_cast<u64>(v) * kItem, n, ready, policy);
+        if (n > 0) copy_bulk(smem_address(slice) + j * kTileBytes, r.logits + static_cast<u64>(v) * kItem, n, ready, policy);
       }
     }
   }
 
   // The four tokens of tile j that are this thread's, as the slice holds them.
   ATTNKIT_DEVICE void held(int j, float (&x)[4]) const {
-    if constexpr (kHeld == 4) {
-      const float4 four = reinterpret_cast<const float4*>(slice + j * kTileBytes)[threadIdx.x];
-      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-    } else {
-      widen_four<Type>(reinterpret_cast<const Raw<Type>*>(slice + j * kTileBytes)[threadIdx.x], x);
-    }
+    widen_four<Type>(reinterpret_cast<const Raw<Type>*>(slice + j * kTileBytes)[threadIdx.x], x);
   }
 
   // f(x, v) for four tokens of the slice at a time, ``Together`` tiles in a turn: few where f is long, so that it stays in
@@ -150,29 +140,18 @@ struct FilterRow {
   ATTNKIT_DEVICE void take(const RowPointers& r, int group, F&& f) {
     const int whole = copied_tokens<Type>(r.logits, p.V), end = group_end(group), step = size * kSampleTile;
     int j = group * part(), v = first_id(j);
-    Extras e, next;
-    if constexpr (Penalised) load_extras(e, r, v, j < end ? p.V : 0);
     mbarrier_wait(smem_address(&s.ready[group]), 0);
 #pragma unroll 1
     for (; j < end; ++j, v += step) {
-      if constexpr (Penalised) load_extras(next, r, v + step, j + 1 < end ? p.V : 0);
-      Raw<Type>* const at = reinterpret_cast<Raw<Type>*>(slice + j * kTileBytes + kRawAt) + threadIdx.x;
+      Raw<Type>* const at = reinterpret_cast<Raw<Type>*>(slice + j * kTileBytes) + threadIdx.x;
       Raw<Type> raw;
       if (v < whole) {
         raw = *at;
       } else {
-        raw = load_four_guarded<Type>(r.logits, v, p.V);
-        if constexpr (!Penalised) *at = raw;
+        *at = raw = load_four_guarded<Type>(r.logits, v, p.V);
       }
-      // Floats overwrite what other threads have yet to read.
-      if constexpr (Penalised && Type != kF32) __syncthreads();
       float x[4];
       widen_four<Type>(raw, x);
-      if constexpr (Penalised) {
-        penalise(x, e, r, o, v, p.V);
-        reinterpret_cast<float4*>(slice + j * kTileBytes)[threadIdx.x] = make_float4(x[0], x[1], x[2], x[3]);
-        e = next;
-      }
       f(x, v);
     }
   }
@@ -198,9 +177,9 @@ struct FilterRow {
   }
 
   // Four of a group's logits: chunk c of the group in the slice, ``piece`` counted in the slice.
-  ATTNKIT_DEVICE Raw<kHeldType> held_chunk(int piece, int c, int lane_of_group) const {
+  ATTNKIT_DEVICE Raw<Type> held_chunk(int piece, int c, int lane_of_group) const {
     const int at = piece % 2 * 128 + c * 32 + lane_of_group;
-    return reinterpret_cast<const Raw<kHeldType>*>(slice + piece / 2 * kTileBytes)[at];
+    return reinterpret_cast<const Raw<Type>*>(slice + piece / 2 * kTileBytes)[at];
   }
 
   // Draws among the groups of the slice's pieces [from, to).
@@ -208,13 +187,13 @@ struct FilterRow {
 #pragma unroll 1
     for (int piece = from + warp; piece < to; piece += kSampleWarps) {
       const int number = (rank + piece / 2 * size) * 2 + piece % 2;
-      Raw<kHeldType> raw[4];
+      Raw<Type> raw[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) raw[c] = held_chunk(piece, c, lane);
       u32 w[4];
       philox_words(seed, offset, kOfGroups, static_cast<u32>(number / 4 * 32 + lane), w);
       const u32 word = number & 2 ? (number & 1 ? w[3] : w[2]) : (number & 1 ? w[1] : w[0]);
-      try_group<kHeldType>(best, floor, raw, number * 32 + lane, word, o);
+      try_group<Type>(best, floor, raw, number * 32 + lane, word, o);
     }
   }
 
@@ -224,7 +203,7 @@ struct FilterRow {
     if (best == 0 || best == kNaNSeen) return make_uint4(high_word(best), static_cast<u32>(best), 0, 0);
     const int group = best_id(best), piece = (group / 64 - rank) / size * 2 + group / 32 % 2;
     float four[4], x;
-    widen_four<kHeldType>(held_chunk(piece, lane & 3, group & 31), four);
+    widen_four<Type>(held_chunk(piece, lane & 3, group & 31), four);
     const int token = choose_inside(four, group, seed, offset, o, x);
     return make_uint4(high_word(best), static_cast<u32>(best), __float_as_uint(x), token);
   }
@@ -342,18 +321,18 @@ struct FilterRow {
 #pragma unroll 1
     for (int at = warp; at < 2 * count; at += kSampleWarps) {
       const int number = (rank + at / 2 * size) * 2 + at % 2, group = number * 32 + lane;
-      Raw<kHeldType> raw[4];
+      Raw<Type> raw[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) raw[c] = held_chunk(at, c, lane);
       u32 w[4];
       philox_words(seed, offset, kOfGroups, static_cast<u32>(number / 4 * 32 + lane), w);
       const u32 word = number & 2 ? (number & 1 ? w[3] : w[2]) : (number & 1 ? w[1] : w[0]);
-      const float peak = fminf(peak_of<kHeldType>(raw), kF32Max);
+      const float peak = fminf(peak_of<Type>(raw), kF32Max);
       floor.refresh();
       const bool hope = peak > negative_infinity() && !(Draw::one_and(word) > 1.0f + exp2_fast(__fmaf_rn(peak, scale, floor.shift)));
       if (!__any_sync(0xffffffffu, hope)) continue;
       if (hope) {
-        const auto chunk = [&](int c, float(&x)[4]) { widen_four<kHeldType>(held_chunk(at, c, lane), x); };
+        const auto chunk = [&](int c, float(&x)[4]) { widen_four<Type>(held_chunk(at, c, lane), x); };
         try_arrivals(mine, chunk, peak, group, word, seed, offset, o, end);
       }
       __syncwarp();
@@ -450,14 +429,14 @@ struct FilterRow {
 };
 
 // A cluster's start: what every thread needs before the row can be read. The row's copies are under way in the end.
-template <int Type, bool Penalised>
-ATTNKIT_DEVICE FilterRow<Type, Penalised> begin_row(const SampleParams& p, char* memory) {
+template <int Type>
+ATTNKIT_DEVICE FilterRow<Type> begin_row(const SampleParams& p, char* memory) {
   FilterShared& s = *reinterpret_cast<FilterShared*>(memory);
   cluster_arrive();
   const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int b = static_cast<int>(blockIdx.x) / size;
   const int tiles = (p.V + kSampleTile - 1) / kSampleTile;
-  FilterRow<Type, Penalised> row{p, s, memory + sizeof(FilterShared), b, size, rank, (tiles - rank + size - 1) / size};
+  FilterRow<Type> row{p, s, memory + sizeof(FilterShared), b, size, rank, (tiles - rank + size - 1) / size};
   if (threadIdx.x < 32 && elect_one()) {
     for (int i = 0; i < kGroups; ++i) mbarrier_init(smem_address(&s.ready[i]), 1);
     mbarrier_init_fence();
@@ -480,17 +459,10 @@ ATTNKIT_DEVICE FilterRow<Type, Penalised> begin_row(const SampleParams& p, char*
   return row;
 }
 
-// The kernel for rows that have no short top-k.
-template <int Type, bool Penalised>
+template <int Type>
 ATTNKIT_DEVICE void sample_filter(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
-  // Rows that the grid before takes are passed over while that one runs: it started when all before it had ended, so a
-  // row's options are there. One CTA stays to its end, so that this grid's end is the end of both.
-  if (p.listed != 0 && listed_k(p, static_cast<int>(blockIdx.x / cluster_size())) != 0) {
-    if (blockIdx.x == 0) wait_for_previous_grid();
-    return;
-  }
-  auto row = begin_row<Type, Penalised>(p, memory);
+  auto row = begin_row<Type>(p, memory);
   const RowPointers pointers = row_pointers<Type>(p, row.b);
   const u32 k = row.top_k > 0 && row.top_k < p.V ? static_cast<u32>(row.top_k) : 0;
   const float share = row.share, ratio = row.ratio;

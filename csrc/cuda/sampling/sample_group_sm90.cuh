@@ -76,6 +76,48 @@ ATTNKIT_DEVICE Raw<Type> peaks_of(const Raw<Type> (&raw)[4][4]) {
   }
 }
 
+// The largest of each of a group's chunks, 16 bits each: rounded if they are of float32.
+template <int Type>
+ATTNKIT_DEVICE uint2 chunk_peaks(const Raw<Type> (&raw)[4]) {
+  if constexpr (Type == kF32) {
+    float most[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) most[c] = peak_of<Type>(raw[c]);
+    return make_uint2(pack_bf16(most[0], most[1]), pack_bf16(most[2], most[3]));
+  } else {
+    u32 two[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const u32 a = max_pairs<Type>(raw[2 * i].w[0], raw[2 * i].w[1]), b = max_pairs<Type>(raw[2 * i + 1].w[0], raw[2 * i + 1].w[1]);
+      two[i] = max_pairs<Type>(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+    }
+    return make_uint2(two[0], two[1]);
+  }
+}
+
+// The sum of exp of a lane's tokens after temperature, over that of a logit which none exceeds by much.
+struct LaneMass {
+  static constexpr float kFar = 40.0f;
+  const bool wanted;
+  const float scale;
+  float of = negative_infinity(), sum = 0.0f;
+
+  ATTNKIT_DEVICE void reach(float x) {
+    if (!((x - of) * scale > kFar)) return;
+    sum *= exp2_fast((of - x) * scale);
+    of = x;
+  }
+  ATTNKIT_DEVICE float mass(float x) const { return exp2_fast((x - of) * scale); }
+  // What weighs ``its`` over a logit.
+  ATTNKIT_DEVICE void take(float logit, float its) {
+    if (its == 0.0f) return;
+    reach(logit);
+    sum += its * mass(logit);
+  }
+  // In units of what ``top`` weighs, which is after temperature.
+  ATTNKIT_DEVICE float over(float top) const { return sum > 0.0f ? sum * exp2_fast(__fmaf_rn(of, scale, -top * kLog2e)) : sum; }
+};
+
 // A lane's largest logit and its id; the lowest on ties. Where groups are drawn: its best group's score and number.
 struct Best {
   float best = negative_infinity(), seen = negative_infinity();  // seen: NaN once there was one

@@ -1,5 +1,5 @@
 // A CTA's share of a row, read once: of each group of 16 tokens the largest logit (peak) and the sum of exp, and how many tokens
-// each of 16384 levels has, all in shared memory. A row is one CTA's, or a cluster's; blocks are dealt to CTAs in turn.
+// each of 14336 levels has, all in shared memory. A row is one CTA's, or a cluster's; blocks are dealt to CTAs in turn.
 #pragma once
 #include "sample_counted_sm90.cuh"
 #include "sample_filter_sm90.cuh"
@@ -9,14 +9,14 @@ namespace attnkit::sampling {
 
 constexpr int kArriveThreads = 512, kArriveWarps = kArriveThreads / 32;
 constexpr int kPiecesAhead = 2;  // pieces of 512 tokens that a warp has on their way
-constexpr int kMostParts = 8;    // CTAs of a row
+constexpr int kMostParts = 16;   // CTAs of a row
 constexpr int kMostEarly = 256;  // groups of a CTA that arrive early
 constexpr int kTold = 128;       // tokens of a row that arrive early
 constexpr int kProbes = 16;      // tokens that are judged at a time
 
 // Levels, a bin each, even in logits; the last holds all that is lower too. How far apart they are is the row's affair: up to
 // kAbove powers of two above the largest of a sample, and kBelow below it.
-constexpr int kBins = 16384, kCell = 32, kCells = kBins / kCell;
+constexpr int kCells = kArriveThreads, kCell = 28, kBins = kCells * kCell;
 constexpr float kAbove = 24.0f, kBelow = 24.0f;
 
 // ``highest``: the logit of bin 0; ``per_logit``: of all levels; ``step``: between two, in powers of two.
@@ -50,7 +50,7 @@ struct ArriveShared {
   int n_early, n_told;
   int over;  // some CTA had more to tell
 };
-static_assert(sizeof(ArriveShared) == 7440, "ARRIVE_BYTES");
+static_assert(sizeof(ArriveShared) == 7824, "ARRIVE_BYTES");
 
 // What follows from these is not worked out ahead of a loop: there are no registers to keep it.
 ATTNKIT_DEVICE float hidden(float x) {

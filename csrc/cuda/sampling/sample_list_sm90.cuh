@@ -9,9 +9,9 @@
 
 namespace attnkit::sampling {
 
-template <int Type, bool Penalised>
+template <int Type>
 struct ListRow {
-  using Row = FilterRow<Type, Penalised>;
+  using Row = FilterRow<Type>;
   Row& row;
   FilterShared& s;
   const int size, rank;

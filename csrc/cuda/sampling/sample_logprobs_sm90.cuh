@@ -25,13 +25,13 @@ ATTNKIT_DEVICE void list_impossible(const SampleParams& p, const RowPointers& r,
 template <int Type>
 ATTNKIT_DEVICE void sample_logprobs(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
-  auto row = begin_row<Type, false>(p, memory);
+  auto row = begin_row<Type>(p, memory);
   FilterShared& s = row.s;
   const int b = row.b;
   const RowPointers pointers = row_pointers<Type>(p, b);
   row.o = RowOptions{1.0f, 1.0f, 1.0f, 1.0f, 0.0f, 0.0f, false, false};
   const u32 k = max(p.columns, 1);
-  ListRow<Type, false> list(row);
+  ListRow<Type> list(row);
   const float peak = list.load(pointers, k);
   bool nan;
   const bool apart = list.share(peak, k, nan);

@@ -83,25 +83,6 @@ struct Item {
   }
 };
 
-// The largest of each of a group's chunks, 16 bits each: rounded if they are of float32.
-template <int Type>
-ATTNKIT_DEVICE uint2 chunk_peaks(const Raw<Type> (&raw)[4]) {
-  if constexpr (Type == kF32) {
-    float most[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) most[c] = peak_of<Type>(raw[c]);
-    return make_uint2(pack_bf16(most[0], most[1]), pack_bf16(most[2], most[3]));
-  } else {
-    u32 two[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const u32 a = max_pairs<Type>(raw[2 * i].w[0], raw[2 * i].w[1]), b = max_pairs<Type>(raw[2 * i + 1].w[0], raw[2 * i + 1].w[1]);
-      two[i] = max_pairs<Type>(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
-    }
-    return make_uint2(two[0], two[1]);
-  }
-}
-
 template <bool Penalised>
 struct ListedChunk {
   using Is = u16;
@@ -141,7 +122,7 @@ struct LongRow {
   Shared& s;
   u32* const behind;  // peaks of a group's chunks (two words), or a group's word, or a token's
   AnyRow<Type, Penalised, true> any;
-  const LaneMass mass;  // of top-p without top-k, with penalties
+  const LaneMass mass;  // of top-p without top-k, with penalties or as it was left
 
   // By all, before the row is read, or with penalties after it: what is counted is zero.
   ATTNKIT_DEVICE static void open(Shared& s, u64 seed, u64 offset) {
@@ -581,7 +562,7 @@ struct LongRow {
     // With penalties and a mask fewer than k may be left: all of them are listed then.
     const bool some = Penalised ? from >= -kF32Max : from > -kF32Max;
     Between enough{0, 0};
-    if (Penalised && k == 0 && options.share < 1.0f) enough = enough_by_lanes(options.share, top);
+    if (mass.wanted) enough = enough_by_lanes(options.share, top);
     if (!some || !collect(from)) return draw_unlisted<Type, Penalised>(p, s.any, b, k, top, enough);
     any.list = s.keys, any.listed = s.n;
     if (k != 0) return draw_listed(Penalised ? min(k, static_cast<u32>(s.n)) : k, options, top, from);

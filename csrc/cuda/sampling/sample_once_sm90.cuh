@@ -1,9 +1,10 @@
-// A CTA a row, in one launch: top-k up to 128 (with top-p and min-p if they come), and what other rows a batch has. One read of the
-// logits, and of what comes with them, keeps the peaks of groups in shared memory; the row is drawn by them.
+// A CTA a row: any top-k (with top-p and min-p if they come), and what other rows a batch has. One read of the logits, and of what
+// comes with them, keeps the peaks of groups in shared memory, or another launch has left them; the row is drawn by them.
 #pragma once
 #include "sample_arrive_sm90.cuh"
 #include "sample_counted_sm90.cuh"
 #include "sample_long_sm90.cuh"
+#include "sample_peaks_sm90.cuh"
 
 namespace attnkit::sampling {
 
@@ -55,6 +56,7 @@ struct OnceRow {
   ATTNKIT_DEVICE void ask_early() const { ask_block_l2<Type>(stream.p, stream.b, stream.block_of(0)); }
   ATTNKIT_DEVICE void begin() { stream.load(0); }
   ATTNKIT_DEVICE void leave() const {}
+  ATTNKIT_DEVICE LaneMass weigh(float, bool) const { return LaneMass{false}; }
   // Keeps all peaks, and those of chunks if ``Chunks``; a thread's largest.
   template <bool Chunks = false>
   ATTNKIT_DEVICE float keep(Raw<Type>* peaks, uint2* chunks = nullptr) {
@@ -122,6 +124,48 @@ struct OnceRow<Type, true> {
   }
 };
 
+// The same of peaks that are in memory already.
+template <int Type>
+struct GivenRow {
+  static constexpr int kThreads = kTopkThreads;
+  const SampleParams& p;
+  const int b;
+
+  ATTNKIT_DEVICE GivenRow(const SampleParams& q, char*, int row) : p(q), b(row) {}
+  ATTNKIT_DEVICE void ask_early() const {}
+  ATTNKIT_DEVICE void begin() const {}
+  ATTNKIT_DEVICE void leave() const {}
+  template <bool Chunks = false>
+  ATTNKIT_DEVICE float keep(Raw<Type>* peaks, uint2* chunks = nullptr) const {
+    const Left<Type> left(p);
+    const i64 first = static_cast<i64>(b) * p.blocks;
+    const int t = static_cast<int>(threadIdx.x);
+    if constexpr (Chunks) {
+      const char* const from = reinterpret_cast<const char*>(left.chunks + first * (kBlock / 16));
+#pragma unroll 4
+      for (int i = t; i < p.blocks * 64; i += kThreads) copy_own<16>(smem_address(chunks) + i * 16, from + i * 16);
+    }
+    float mine = negative_infinity();
+#pragma unroll 4
+    for (int i = t; i < p.blocks * 32; i += kThreads) {
+      const Raw<Type> four = left.peaks[first * 32 + i];
+      peaks[i] = four;
+      float x[4];
+      widen_four<Type>(four, x);
+      mine = max_nan(mine, max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
+    }
+    if constexpr (Chunks) copy_async_wait_all();
+    return mine;
+  }
+  // What this thread's pieces weigh, if that was left.
+  ATTNKIT_DEVICE LaneMass weigh(float scale, bool wanted) const {
+    LaneMass mass{wanted && leaves_masses(p), scale};
+    const float2* const masses = Left<Type>(p).masses + static_cast<i64>(b) * p.blocks * 4;
+    for (int i = static_cast<int>(threadIdx.x); i < p.blocks * 4 && mass.wanted; i += kThreads) mass.take(masses[i].x, masses[i].y);
+    return mass;
+  }
+};
+
 // Where peaks lie: behind what the row's draw takes, and what brings them.
 template <int Type, bool Penalised, class Shared>
 ATTNKIT_DEVICE auto peaks_behind(char* memory) {
@@ -156,18 +200,20 @@ __device__ __noinline__ void draw_counted(const SampleParams& p, char* memory, i
   long_row.choose(k, options, mine, b);
 }
 
-template <int Type, bool Penalised>
+template <int Type, bool Penalised, bool Given>
 ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
+  static_assert(!(Penalised && Given));  // what is given is after penalties
   extern __shared__ __align__(128) char memory[];
   TopkShared& s = *reinterpret_cast<TopkShared*>(memory);
   const int b = static_cast<int>(blockIdx.x);
-  OnceRow<Type, Penalised> once(p, memory, b);
+  std::conditional_t<Given, GivenRow<Type>, OnceRow<Type, Penalised>> once(p, memory, b);
   once.ask_early();
   if constexpr (!Penalised) s.open();
-  wait_for_previous_grid();
-  launch_dependents();
+  if (!Given) wait_for_previous_grid(), launch_dependents();
   const RawOptions raw(p, b);
   const TopkOptions options(p, b);
+  // This grid began when all before the first launch had ended: a row's options were there.
+  if (Given) wait_for_previous_grid(), launch_dependents();
   once.begin();
   const u64 seed = static_cast<u64>(raw.seed), offset = static_cast<u64>(raw.offset);
   const u32 longer = options.given > 0 && options.given < p.V ? static_cast<u32>(options.given) : 0;
@@ -192,7 +238,8 @@ ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
       LongRow<Type>::open(s_long, seed, offset);
       const float mine = once.template keep<true>(s_long.peaks, chunks);
       const AnyRow<Type, false, true> any{p, s_long.any, r, o, seed, offset};
-      LongRow<Type>{p, s_long, reinterpret_cast<u32*>(chunks), any, LaneMass{false}}.choose(longer, options, mine, b);
+      const LaneMass mass = once.weigh(o.rt * kLog2e, longer == 0 && options.share < 1.0f);
+      LongRow<Type>{p, s_long, reinterpret_cast<u32*>(chunks), any, mass}.choose(longer, options, mine, b);
       return;
     }
   }

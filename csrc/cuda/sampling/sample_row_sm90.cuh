@@ -35,7 +35,7 @@ struct SampleParams {
   i64* top_ids;
   i64 logits_b, counts_b, prompt_b, bias_b, allowed_b;
   i64 offset_value, top_k_value;
-  int B, V, blocks, columns, listed, room;
+  int B, V, blocks, columns, left, room;
   float temperature_value, top_p_value, min_p_value, repetition_value, presence_value, frequency_value;
 };
 
@@ -146,7 +146,7 @@ struct RawOptions {
   }
 };
 
-constexpr int kMostListed = 128;                      // longest top-k that sample_topk_sm90.cuh takes
+constexpr int kMostListed = 128;                    // longest top-k that sample_topk_sm90.cuh takes
 constexpr float kMassOne = 1099511627776.0f;      // 2^40: masses are integers, so that no order of adding shows
 constexpr float kRounding = 4.76837158203125e-07f;  // more than a division and its inverse can move a float
 
@@ -154,9 +154,6 @@ constexpr float kRounding = 4.76837158203125e-07f;  // more than a division and 
 ATTNKIT_DEVICE u32 listed_k(i64 k, float temperature, int V) {
   if (temperature == 0.0f) return 1;
   return k > 0 && k < V && k <= kMostListed ? static_cast<u32>(k) : 0;
-}
-ATTNKIT_DEVICE u32 listed_k(const SampleParams& p, int b) {
-  return listed_k(option(p.top_k, p.top_k_value, b), option(p.temperature, p.temperature_value, b), p.V);
 }
 
 // Where row b of each tensor lies, and whether four neighbours can be read at once.

@@ -59,7 +59,7 @@ struct Share {
 
 // What the stream does: lists the tokens from ``low`` on, each lane its own; for top-p it sums all masses; for top-p alone it
 // lists the groups that arrive before a time by which some ten tokens of this share do.
-template <int Type, bool Penalised>
+template <int Type>
 struct Listing {
   const SampleParams& p;
   CutShared& s;
@@ -314,33 +314,30 @@ struct Drawing {
 };
 
 // A warp's blocks of a row, one after the other; the first one's logits are on their way if it is whole.
-template <int Type, bool Penalised, class Work>
-ATTNKIT_DEVICE void stream_share(const SampleParams& p, Work& work, Spot<Type> spot, int end, Raw<Type> (&raw)[Penalised ? 1 : 4][4],
-                                 const RowPointers& r, const RowOptions& o) {
-  constexpr int kHeldType = Penalised ? kF32 : Type;
+template <int Type, class Work>
+ATTNKIT_DEVICE void stream_share(const SampleParams& p, Work& work, Spot<Type> spot, int end, Raw<Type> (&raw)[4][4], const RowPointers& r,
+                                 const RowOptions& o) {
 #pragma unroll 1
   while (spot.block < end) {
     const Spot<Type> next(p, spot.block + 1, end);
     const int piece = spot.v / kPiece;
     work.block(piece / 4);
-    if (!Penalised && spot.whole) {
+    if (spot.whole) {
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
-        if constexpr (!Penalised) {
-          work.template piece<kHeldType>(raw[u], piece + u, u);
-          if (next.whole) next.load(raw[u], u);
-        }
+        work.template piece<Type>(raw[u], piece + u, u);
+        if (next.whole) next.load(raw[u], u);
       }
     } else {
 #pragma unroll 1
       for (int u = 0; u < 4; ++u) {
-        Raw<kHeldType> held[4];
-        load_piece<Type, Penalised>(held, r, o, spot.v + u * kPiece + static_cast<int>(lane_id()) * 4, p.V);
-        work.template piece<kHeldType>(held, piece + u, u);
+        Raw<Type> held[4];
+        load_piece<Type, false>(held, r, o, spot.v + u * kPiece + static_cast<int>(lane_id()) * 4, p.V);
+        work.template piece<Type>(held, piece + u, u);
       }
-      if (!Penalised && next.whole) {
+      if (next.whole) {
 #pragma unroll
-        for (int u = 0; u < 4; ++u) next.load(raw[Penalised ? 0 : u], u);
+        for (int u = 0; u < 4; ++u) next.load(raw[u], u);
       }
     }
     work.end_block(piece / 4);

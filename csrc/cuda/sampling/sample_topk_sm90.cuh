@@ -57,19 +57,6 @@ struct TopkRow {
     if (at < kCandidates) s.candidates[at] = Candidate{pack_best(logit, id), whole_mass(logit, top)};
   }
 
-  // A thread's largest peak.
-  ATTNKIT_DEVICE static float largest(const Peaks* peaks, int n) {
-    float most = negative_infinity();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n; i += 4 * kTopkThreads) {
-      Peaks q[4];
-#pragma unroll
-      for (int u = 0; u < 4; ++u) q[u] = i + u * kTopkThreads < n ? peaks[i + u * kTopkThreads] : load_four_guarded<kHeld>(nullptr, 0, 0);
-      most = max_nan(most, peak_of<kHeld>(q));
-    }
-    return most;
-  }
-
   // From which logit on, before temperature, there are k tokens and few more: by bisection, what k of the threads' largest peaks
   // reach. All of a CTA.
   ATTNKIT_DEVICE float find_bound(float most) {
@@ -182,28 +169,5 @@ struct TopkRow {
     if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
   }
 };
-
-// The second of two launches: a CTA for each row.
-template <int Type, bool Penalised>
-ATTNKIT_DEVICE void sample_topk(const SampleParams& p) {
-  __shared__ TopkShared s;
-  const int b = static_cast<int>(blockIdx.x);
-  s.open();
-  // This grid started when all before the first launch had ended: a row's options are there.
-  const RawOptions raw(p, b);
-  const TopkOptions options(p, b);
-  wait_for_previous_grid();
-  launch_dependents();
-  if (options.k == 0) return;
-  using Row = TopkRow<Type, Penalised>;
-  const RowOptions o = raw.use();
-  const RowPointers r = row_pointers<Type>(p, b);
-  Row row{p, s, r, o, options.k, static_cast<u64>(raw.seed), static_cast<u64>(raw.offset)};
-  const int n = p.blocks * 32;
-  const auto* const peaks = reinterpret_cast<const typename Row::Peaks*>(p.peaks) + static_cast<i64>(b) * n;
-  const float mine = row.largest(peaks, n);
-  row.collect(peaks, n, row.find_bound(mine), mine);
-  row.finish(options, b);
-}
 
 }  // namespace attnkit::sampling

@@ -77,12 +77,14 @@ struct Weigh {
     const int t = thread_here() - kAdders, warp = t / 32;
     const float later = exp2_fast(-h.s.levels.step);
     float cells[kEach], upto = 0.0f;
+    int chunk = t % kChunks;  // so lanes read different banks
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       cells[k] = upto;
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        const int first = (t * kEach + k) * kCell + (j + t) % kChunks * 4;  // so lanes read different banks
+        const int first = (t * kEach + k) * kCell + chunk * 4;
+        chunk = chunk == kChunks - 1 ? 0 : chunk + 1;
         const uint4 q = *reinterpret_cast<const uint4*>(h.bins + first);
         float four = __fmaf_rn(__uint2float_rn(q.w), later, __uint2float_rn(q.z));
         four = __fmaf_rn(__fmaf_rn(four, later, __uint2float_rn(q.y)), later, __uint2float_rn(q.x));

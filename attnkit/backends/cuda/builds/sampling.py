@@ -13,9 +13,13 @@ TILE = 4 * THREADS
 #: Tokens that a warp takes at a time where the logits are read once, of which groups of 16 have a peak.
 BLOCK = 2048
 GROUP = 16
-#: CTAs of the kernels that read the logits once that share a multiprocessor; of the second kernel for short top-k.
+#: CTAs of the kernels that read the logits once that share a multiprocessor; those of the first of two launches with penalties.
 STREAM_CTAS = 2
-TOPK_THREADS, TOPK_CTAS = 512, 2
+REWRITE_THREADS, REWRITE_CTAS = 64, 12
+TOPK_THREADS = 512
+#: What the first of two launches leaves of a block: peaks of groups (16-bit, float32), then those of chunks, and masses.
+#: Mirrors struct Left in csrc/cuda/sampling/sample_peaks_sm90.cuh.
+LEFT_BYTES, LEFT_MORE = (256, 512), 1024 + 32
 #: Threads of the kernels that read counts, one CTA a multiprocessor; pieces that each warp has on their way, and
 #: CountedSlot::kBytes in csrc/cuda/sampling/sample_counted_sm90.cuh, of 16-bit and of float32 logits, less what a bias takes.
 COUNTED_THREADS, COUNTED_SLOTS, COUNTED_BYTES, COUNTED_BIAS = 512, 2, (4096, 5120), 2048
@@ -37,14 +41,13 @@ CHANGED_PARTS = 8
 CUT_BYTES, CUT_ROOM = 20944, 46
 #: CTAs that a row is shared by at most, and blocks of a share.
 MOST_PARTS, MOST_BLOCKS = 8, 448
-#: Fewer rows are read sooner by other kernels; 16-bit and float32 where a CTA has a row of any top-k.
-LEAST_CUT_ROWS, LEAST_AT_ONCE = 16, (24, 48)
-#: With penalties a row more is wanted for each of so many tokens beyond the first; from where on rows may be more than
-#: multiprocessors.
-COUNTED_FREE, COUNTED_ROW, COUNTED_MANY = 32768, 2400, 65536
+#: Up to how many blocks, 16-bit and float32, two launches are sooner than one, of rows of so many bytes and more; fewer than
+#: how many rows with penalties, and at odd addresses; up to how many of top-p with min-p.
+FEW_BLOCKS, FEW_BYTES = (512, 1024), 192 * 1024
+FEW_COUNTED, FEW_ODD, FEW_WEIGHED = 40, 100, 64
 #: Threads of the kernel for top-p alone, which has a multiprocessor to itself; sizeof(ArriveShared) in
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
-ARRIVE_THREADS, ARRIVE_BYTES = 512, 7440 + 4 * 16384
+ARRIVE_THREADS, ARRIVE_BYTES = 512, 7824 + 4 * 14336
 MOST_LOCAL = (227 * 1024 - ARRIVE_BYTES) // (10 * BLOCK // GROUP) * (BLOCK // GROUP)
 #: Threads of the kernel for bf16 rows by value, kTallyBytes in csrc/cuda/sampling/sample_tally_row_sm90.cuh, bytes of a slot
 #: there, slots of a row at the most and slots that there are at the least.
@@ -56,7 +59,7 @@ FIXED_BYTES = 6992
 #: What CTA 0 sorts its candidates in, in place of its slice.
 SORT_BYTES = 512 * 16
 MOST_CLUSTER = 16
-#: Up to how many of the highest logits the kernels find by lists: log-probabilities, and top-k in two launches.
+#: Up to how many of the highest logits the kernels find by ranks: log-probabilities, and short top-k.
 MOST_LISTED = 128
 #: Of a slice, if three CTAs are to share a multiprocessor.
 SLICE_TILES = 16
@@ -125,11 +128,22 @@ def changed_bytes(kind: int, B: int, V: int, ctas: int) -> int:
     return counted_bytes(kind, True) + FLOW_BYTES + LEAD_ROW_BYTES * lead_rows(B, V, ctas)
 
 
-def short_top_k(kind: int, penalised: bool) -> tuple[Variant, Variant]:
-    """csrc/cuda/sampling/sample_topk_sm90.cuh's two kernels: top-k up to MOST_LISTED, top-p and min-p with it."""
-    values = {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)}
-    first = variant("sampling/sample_peaks_sm90.cu", values | {"ATTNKIT_CTAS": STREAM_CTAS})
-    return first, variant("sampling/sample_topk_sm90.cu", values | {"ATTNKIT_CTAS": TOPK_CTAS})
+def peaks(kind: int, penalised: bool) -> Variant:
+    """csrc/cuda/sampling/sample_peaks_sm90.cu: the first of two launches, which leaves peaks and, with penalties, logits."""
+    values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": REWRITE_CTAS if penalised else STREAM_CTAS}
+    return variant("sampling/sample_peaks_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
+
+
+def peaks_ctas(penalised: bool, B: int, V: int, ctas: int) -> int:
+    """With penalties a warp has a piece of 512 tokens, else blocks are dealt out to ``ctas``."""
+    return B * -(-V // BLOCK) * 4 * 32 // REWRITE_THREADS if penalised else ctas
+
+
+def left_bytes(kind: int, penalised: bool, B: int, V: int) -> tuple[int, int]:
+    """(What it leaves, where logits begin in that.)"""
+    blocks = B * -(-V // BLOCK)
+    logits = blocks * (LEFT_BYTES[kind == F32 or penalised] + LEFT_MORE)
+    return logits + penalised * blocks * BLOCK * 4, logits
 
 
 def counted_bytes(kind: int, biased: bool) -> int:
@@ -137,19 +151,22 @@ def counted_bytes(kind: int, biased: bool) -> int:
     return COUNTED_THREADS // 32 * COUNTED_SLOTS * (COUNTED_BYTES[kind == F32] + biased * COUNTED_BIAS)
 
 
-def once(kind: int, penalised: bool) -> Variant:
-    """csrc/cuda/sampling/sample_once_sm90.cu: the same in one launch."""
-    return variant("sampling/sample_once_sm90.cu", {"ATTNKIT_TYPE": kind, "ATTNKIT_PENALISED": int(penalised)})
+def once(kind: int, penalised: bool, given: bool = False) -> Variant:
+    """csrc/cuda/sampling/sample_once_sm90.cu: top-k and min-p, a multiprocessor a row; ``given``: the second of two."""
+    values = {"TYPE": kind, "PENALISED": int(penalised), "GIVEN": int(given)}
+    return variant("sampling/sample_once_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
-def fits_at_once(kind: int, penalised: bool, B: int, V: int, sms: int, short: bool = False) -> bool:
-    """Whether that one is the sooner: not too few rows, a multiprocessor for each, which holds any row's groups. Also more rows
-    than those, but of a top-k that is known to be ``short`` (or absent) only where few multiprocessors wait for the last of
-    them, and with penalties of a large vocabulary."""
-    least = max(1, (V - COUNTED_FREE) // COUNTED_ROW) if penalised else LEAST_AT_ONCE[kind == F32]
-    rounds = -(-B // sms)
-    filled = V > COUNTED_MANY and 5 * B >= 4 * sms * rounds if penalised else 4 * B >= 3 * sms * rounds
-    return least <= B and (rounds == 1 or not short or filled) and groups(V) <= MOST_LOCAL
+def holds_at_once(V: int) -> bool:
+    """Whether that one holds a row's groups, and numbers of chunks of four have 16 bits."""
+    return groups(V) <= MOST_LOCAL and V <= 1 << 18
+
+
+def few_at_once(kind: int, penalised: bool, B: int, V: int) -> bool:
+    """Whether rows are so few that two launches are the sooner, the first of which all multiprocessors share."""
+    if penalised:
+        return (FEW_COUNTED if V % 4 == 0 else FEW_ODD) > B
+    return (4 if kind == F32 else 2) * V >= FEW_BYTES and B * -(-V // BLOCK) <= FEW_BLOCKS[kind == F32]
 
 
 def at_once_bytes(kind: int, penalised: bool, V: int) -> int:
@@ -173,11 +190,14 @@ def groups(V: int) -> int:
     return -(-V // BLOCK) * (BLOCK // GROUP)
 
 
-def arrive_parts(B: int, V: int, sms: int) -> int:
-    """CTAs that share a row of the kernel for top-p alone: as many as find room at the same time for all rows; clusters of more
-    than two do not fit everywhere."""
-    fitting = (n for n in range(MOST_PARTS, 1, -1) if n * B <= sms * (1.0 if n == 2 else 0.84))
-    return min(max(next(fitting, 1), -(-groups(V) // MOST_LOCAL)), -(-V // BLOCK))
+def arrive_parts(kind: int, masks: Collection[str], B: int, V: int, sms: int) -> int:
+    """CTAs that share a row of the kernel for top-p alone: as many as find room at the same time for all rows (clusters of more
+    than two do not fit everywhere), and with penalties so many that each has room for copies."""
+    fitting = (n for n in (2 * MOST_PARTS, *range(MOST_PARTS, 1, -1)) if n * B <= sms * (1.0 if n == 2 else 0.84))
+    least = -(-groups(V) // MOST_LOCAL)
+    if masks and "logit_bias" not in masks:
+        least = next(n for n in range(least, MOST_PARTS + 1) if arrive_slot(kind, masks, V, n) or n == MOST_PARTS)
+    return min(max(next(fitting, 1), least), -(-V // BLOCK))
 
 
 def arrive_bytes(V: int, parts: int, slot: int = 0) -> int:
@@ -216,15 +236,15 @@ def tally_bytes(V: int) -> int:
     return max(TALLY_BYTES + 2 * groups(V) + SLOT_BYTES * tally_slots(V), arrive_bytes(V, 1), LEAD_ALONE)
 
 
-def filters(kind: int, penalised: bool, ctas: int) -> Variant:
-    """csrc/cuda/sampling/sample_filter_sm90.cu: top-p and min-p alone, longer top-k."""
-    values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": ctas}
+def filters(kind: int, ctas: int) -> Variant:
+    """csrc/cuda/sampling/sample_filter_sm90.cu: any top-k, top-p and min-p of rows that no other kernel takes."""
+    values = {"TYPE": kind, "CTAS": ctas}
     return variant("sampling/sample_filter_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
-def cut(kind: int, penalised: bool) -> Variant:
+def cut(kind: int) -> Variant:
     """csrc/cuda/sampling/sample_cut_sm90.cu: top-p and min-p without top-k, by lists."""
-    values = {"TYPE": kind, "PENALISED": int(penalised), "CTAS": STREAM_CTAS}
+    values = {"TYPE": kind, "CTAS": STREAM_CTAS}
     return variant("sampling/sample_cut_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
@@ -253,9 +273,9 @@ def cluster(V: int) -> tuple[int, int]:
     return size, -(-tiles // size)
 
 
-def held_bytes(kind: int, penalised: bool) -> int:
-    """A token in a slice: penalties make floats of 16-bit logits."""
-    return 4 if penalised or kind == F32 else 2
+def held_bytes(kind: int) -> int:
+    """A token in a slice."""
+    return 4 if kind == F32 else 2
 
 
 def slice_bytes(tiles: int, held: int) -> int:
@@ -271,12 +291,11 @@ def shipped() -> list[Variant]:
     """What common calls ask for: slices that let three CTAs share a multiprocessor."""
     kinds = (F32, BF16, F16)
     draws = [draw(kind, *how) for kind in kinds for how in ((False, False), (False, True), (True, False))]
-    cuts = [filters(kind, penalised, 3) for kind in kinds for penalised in (False, True)]
-    cuts += [cut(kind, penalised) for kind in kinds for penalised in (False, True)]
-    short = [v for kind in kinds for penalised in (False, True) for v in short_top_k(kind, penalised)]
+    cuts = [of(kind) for kind in kinds for of in (lambda kind: filters(kind, 3), cut)]
+    firsts = [peaks(kind, penalised) for kind in kinds for penalised in (False, True)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
-    at_once = [once(kind, penalised) for kind in kinds for penalised in (False, True)]
+    at_once = [once(kind, *how) for kind in kinds for how in ((False, False), (True, False), (False, True))]
     draws += [*(changed(kind) for kind in kinds), *(flow(kind) for kind in (BF16, F16))]
     tallies = [tally(lists) for lists in (False, True)]
     logs = [logprobs(kind, 3) for kind in kinds]
-    return [ring(), *tallies, *draws, *cuts, *at_once, *short, *arrivals, *logs]
+    return [ring(), *tallies, *draws, *cuts, *firsts, *at_once, *arrivals, *logs]

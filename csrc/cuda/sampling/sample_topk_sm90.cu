@@ -1,7 +1,0 @@
-// One build of the second kernel for short top-k; attnkit/backends/cuda/sampling.py names it by macros.
-#include "sample_topk_sm90.cuh"
-
-extern "C" __global__ void __launch_bounds__(attnkit::sampling::kTopkThreads, ATTNKIT_CTAS)
-    attnkit_sample_topk(const __grid_constant__ attnkit::sampling::SampleParams params) {
-  attnkit::sampling::sample_topk<ATTNKIT_TYPE, ATTNKIT_PENALISED != 0>(params);
-}
