@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from attnkit.workload import Case, Gemm, Quantize, Sample
@@ -147,7 +148,7 @@ def _sampling() -> list[Case]:
         *(Sample(B=128, V=131072, top_p=p) for p in (0.1, 0.5, 0.9, 0.99)),
         *(Sample(B=128, V=131072, top_p=0.9, temperature=t) for t in (5.0, 25.0)),
         *(Sample(B=128, V=131072, top_p=p, penalties=True) for p in (0.1, 0.9)),
-        Sample(B=128, V=131072, min_p=0.05),
+        *(Sample(B=128, V=131072, min_p=0.05, dtype=dtype) for dtype in ("fp32", "bf16")),
         *(Sample(B=128, V=131072, top_k=50, top_p=0.9, penalties=True, dtype=dtype) for dtype in ("fp32", "bf16")),
         *(Sample(B=128, V=131072, top_k=k, top_p=0.9, dtype="bf16") for k in (50, 0)),
         *(Sample(B=128, V=131072, top_p=p, dtype="bf16") for p in (0.1, 0.5, 0.99)),
@@ -156,14 +157,21 @@ def _sampling() -> list[Case]:
         *(Sample(B=B, V=131072, top_p=0.9, min_p=0.05, dtype="bf16") for B in (128, 256)),
         Sample(B=128, V=32000, top_k=50, top_p=0.9),
         Sample(B=64, V=256000, top_k=50, top_p=0.9),
+        Sample(B=128, V=262144, top_k=1000, top_p=0.9),
+        Sample(B=128, V=256000, top_p=0.9, dtype="bf16"),
         Sample(B=32, V=131072, top_k=50, top_p=0.9, logprobs=5),
     ]
     filters: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_p": 0.9, "min_p": 0.05}, {"top_k": 1000, "top_p": 0.9}]
     changed = [Sample(B=B, V=131072, penalties=True, dtype="bf16", **f) for f in filters for B in (128, 256)]
     changed += [Sample(B=128, V=131072, penalties=True, **f) for f in (filters[0], filters[3])]
+    few = [Sample(B=B, V=131072, top_k=k, top_p=0.9, min_p=m) for B in (1, 32) for k, m in ((1000, 0.0), (0, 0.05))]
+    few += [replace(case, penalties=True) for case in few]
+    few += [
+        Sample(B=1, V=131072, top_p=0.9, penalties=penalties, dtype=d) for penalties in (False, True) for d in ("fp32", "bf16")
+    ]
     plain = [Sample(B=B, V=131072, temperature=t) for t in (0.8, 0.0) for B in (1, 128, 256)]
     half = [Sample(B=B, V=131072, temperature=t, dtype="bf16") for t in (0.8, 0.0) for B in (128, 256)]
-    return [*usual, *others, *changed, *plain, *half]
+    return [*usual, *others, *changed, *few, *plain, *half]
 
 
 def _hidden() -> list[Case]:

@@ -70,10 +70,13 @@ def cases() -> Iterator[tuple[Any, str]]:
         *(Sample(B=60, V=V, top_p=p, dtype="bf16") for V, p in ((4104, 0.9), (4104, 0.1), (131072, 0.9))),
         *(Sample(B=60, V=V, top_p=0.9, min_p=0.05, dtype="bf16") for V in (4104, 131072)),
         *(
-            Sample(B=20, V=4100, top_k=k, top_p=0.9, penalties=True, dtype=kind)
+            Sample(B=B, V=4100, top_k=k, top_p=0.9, penalties=True, dtype=kind)
+            for B in (20, 40)
             for k, kind in ((50, "fp32"), (50, "bf16"), (300, "bf16"), (300, "fp32"))
         ),
-        *(Sample(B=20, V=4100, min_p=0.01, top_p=p, penalties=True, dtype="bf16") for p in (1.0, 0.9)),
+        *(Sample(B=B, V=4100, min_p=0.01, top_p=p, penalties=True, dtype="bf16") for B in (20, 40) for p in (1.0, 0.9)),
+        *(Sample(B=2, V=100001, top_k=k, top_p=0.9, dtype=kind) for k in (50, 300) for kind in ("fp32", "bf16")),
+        *(Sample(B=2, V=100001, min_p=0.01, top_p=0.9, dtype=kind) for kind in ("fp32", "bf16")),
         *(Sample(B=B, V=V, penalties=True, dtype=kind) for B, V, kind in ((20, 4100, "bf16"), (3, 32003, "fp32"))),
         Sample(B=2, V=70001, top_k=50, top_p=0.9, penalties=True, dtype="bf16"),
         *(Sample(B=70, V=4100, top_p=p) for p in (0.9, 0.1)),

@@ -9,7 +9,7 @@ namespace attnkit::sampling {
 
 constexpr int kArriveThreads = 512, kArriveWarps = kArriveThreads / 32;
 constexpr int kPiecesAhead = 2;  // pieces of 512 tokens that a warp has on their way
-constexpr int kMostParts = 16;   // CTAs of a row
+constexpr int kMostParts = 12;   // CTAs of a row
 constexpr int kMostEarly = 256;  // groups of a CTA that arrive early
 constexpr int kTold = 128;       // tokens of a row that arrive early
 constexpr int kProbes = 16;      // tokens that are judged at a time
@@ -50,7 +50,7 @@ struct ArriveShared {
   int n_early, n_told;
   int over;  // some CTA had more to tell
 };
-static_assert(sizeof(ArriveShared) == 7824, "ARRIVE_BYTES");
+static_assert(sizeof(ArriveShared) == 7632, "ARRIVE_BYTES");
 
 // What follows from these is not worked out ahead of a loop: there are no registers to keep it.
 ATTNKIT_DEVICE float hidden(float x) {

@@ -39,15 +39,17 @@ LEAD_BLOCKS, LEAD_PARTS, LEAD_ROWS = 12, 5, 1024
 CHANGED_PARTS = 8
 #: sizeof(CutShared) in csrc/cuda/sampling/sample_share_sm90.cuh, and how many tokens of 8 bytes each thread lists after it.
 CUT_BYTES, CUT_ROOM = 20944, 46
-#: CTAs that a row is shared by at most, and blocks of a share.
+#: CTAs that a row is shared by at most, and blocks of a share. Under top-p alone more share each of so few rows: one in each
+#: cluster of multiprocessors.
 MOST_PARTS, MOST_BLOCKS = 8, 448
+LARGE_PARTS, LARGE_CLUSTERS = 12, 7
 #: Up to how many blocks, 16-bit and float32, two launches are sooner than one, of rows of so many bytes and more; fewer than
 #: how many rows with penalties, and at odd addresses; up to how many of top-p with min-p.
 FEW_BLOCKS, FEW_BYTES = (512, 1024), 192 * 1024
 FEW_COUNTED, FEW_ODD, FEW_WEIGHED = 40, 100, 64
 #: Threads of the kernel for top-p alone, which has a multiprocessor to itself; sizeof(ArriveShared) in
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
-ARRIVE_THREADS, ARRIVE_BYTES = 512, 7824 + 4 * 14336
+ARRIVE_THREADS, ARRIVE_BYTES = 512, 7632 + 4 * 14336
 MOST_LOCAL = (227 * 1024 - ARRIVE_BYTES) // (10 * BLOCK // GROUP) * (BLOCK // GROUP)
 #: Threads of the kernel for bf16 rows by value, kTallyBytes in csrc/cuda/sampling/sample_tally_row_sm90.cuh, bytes of a slot
 #: there, slots of a row at the most and slots that there are at the least.
@@ -193,11 +195,12 @@ def groups(V: int) -> int:
 def arrive_parts(kind: int, masks: Collection[str], B: int, V: int, sms: int) -> int:
     """CTAs that share a row of the kernel for top-p alone: as many as find room at the same time for all rows (clusters of more
     than two do not fit everywhere), and with penalties so many that each has room for copies."""
-    fitting = (n for n in (2 * MOST_PARTS, *range(MOST_PARTS, 1, -1)) if n * B <= sms * (1.0 if n == 2 else 0.84))
+    fitting = (n for n in range(MOST_PARTS, 1, -1) if n * B <= sms * (1.0 if n == 2 else 0.84))
     least = -(-groups(V) // MOST_LOCAL)
     if masks and "logit_bias" not in masks:
         least = next(n for n in range(least, MOST_PARTS + 1) if arrive_slot(kind, masks, V, n) or n == MOST_PARTS)
-    return min(max(next(fitting, 1), least), -(-V // BLOCK))
+    most = LARGE_PARTS if LARGE_CLUSTERS >= B else next(fitting, 1)
+    return min(max(most, least), -(-V // BLOCK))
 
 
 def arrive_bytes(V: int, parts: int, slot: int = 0) -> int:
