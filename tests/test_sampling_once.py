@@ -216,6 +216,34 @@ def test_longer_top_k_of_odd_rows(V, dtype, impl, device):
 
 @gpu
 @pytest.mark.parametrize(("impl", "device"), CUDA)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("V", [98304, 131072, 151936, 262144])
+def test_longer_top_k_of_rows_unlike_their_sample(V, dtype, impl, device):
+    """16-bit rows are bounded by some blocks of 2048 tokens while they stream by: those lie higher or lower than the rest, logits fall
+    with the id, one token or more than k are far above all others, most are masked."""
+    B, one_of = 72, chooser(72)
+    x, ids = normal(B, V, torch.float32, seed=V), torch.arange(V, device="cuda")
+    x[1::9] += 4 * torch.exp(ids / (-0.15 * V))
+    x[2::9, : 10 * 2048] += 5
+    x[3::9, 20 * 2048 : 24 * 2048] += 6
+    x[4::9, 20 * 2048 + 77] = x[4::9].amax(1) + torch.tensor([3.0, 9.0, 14.0, 30.0] * 2, device="cuda")
+    x[5::9, 20 * 2048 : 20 * 2048 + 2100] = 40 + (ids[:2100] % 3) * 0.25
+    x[6::9, ids % 70 != 0] = -float("inf")
+    x[7::9] -= 4 * torch.exp(ids / (-0.15 * V))
+    x[8::9, ids // 16 % 40 == 0] += 6
+    o = {
+        "top_p": one_of(1.0, 0.9, 0.5, 0.99),
+        "min_p": one_of(0.0, 0.0, 0.0, 0.05, 0.0),
+        "temperature": one_of(1.0, 0.6, 3.0, 1.0, 1.0),
+    }
+    for k in (1000, one_of(129, 300, 2000, 1500, 700, dtype=torch.int64)):
+        got, want = both(x.to(dtype), impl, seed=V, top_k=k, **o)
+        assert got.valid.all()
+        assert (got.tokens != want.tokens).sum() <= 1
+
+
+@gpu
+@pytest.mark.parametrize(("impl", "device"), CUDA)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("given", [("output_counts",), ("output_counts", "prompt_mask", "allowed")], ids="+".join)
 @pytest.mark.parametrize("V", [4999, 50257, 131072, 262144])

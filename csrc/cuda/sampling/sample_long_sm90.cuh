@@ -26,6 +26,12 @@ struct Cells {
   ATTNKIT_DEVICE u32 within(float x) const { return of(x, kLongCells - 1u); }
 };
 
+// The same of any logit: the first cell has all above it, too.
+struct OpenCells : Cells {
+  using Cells::Cells;
+  ATTNKIT_DEVICE u32 within(float x) const { return of(fminf(x, high), kLongCells - 1u); }
+};
+
 ATTNKIT_DEVICE void count_one(const u32* counters, u32 cell) {
   asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(smem_address(counters) + 4 * cell) : "memory");
 }
@@ -123,6 +129,7 @@ struct LongRow {
   u32* const behind;  // peaks of a group's chunks (two words), or a group's word, or a token's
   AnyRow<Type, Penalised, true> any;
   const LaneMass mass;  // of top-p without top-k, with penalties or as it was left
+  const int list = 0;   // where the listed are among the keys
 
   // By all, before the row is read, or with penalties after it: what is counted is zero.
   ATTNKIT_DEVICE static void open(Shared& s, u64 seed, u64 offset) {
@@ -138,12 +145,12 @@ struct LongRow {
   // ---- over all threads ----
 
   // The least and the largest of all threads' largest logits before temperature; no -inf if there is a number, NaN if there is one.
-  ATTNKIT_DEVICE float2 range_of(float mine) const {
-    const u32 key = order_key(mine), high = __reduce_max_sync(0xffffffffu, key);
+  ATTNKIT_DEVICE static float2 range_of(Shared& s, float mine) {
+    const u32 lane = lane_id(), key = order_key(mine), high = __reduce_max_sync(0xffffffffu, key);
     const u32 low = __reduce_min_sync(0xffffffffu, mine > negative_infinity() ? key : ~0u);
-    if (any.lane == 0) s.range[any.warp] = make_uint2(low, high);
+    if (lane == 0) s.range[threadIdx.x / 32] = make_uint2(low, high);
     __syncthreads();
-    const uint2 range = s.range[any.lane % kTopkWarps];
+    const uint2 range = s.range[lane % kTopkWarps];
     return make_float2(order_value(__reduce_min_sync(0xffffffffu, range.x)), order_value(__reduce_max_sync(0xffffffffu, range.y)));
   }
 
@@ -426,6 +433,10 @@ struct LongRow {
   ATTNKIT_DEVICE static u32 mass_of(float logit, float top, float unit) {
     return __float2uint_rz(exp2_fast((logit - top) * kLog2e) * unit);
   }
+  // What whose mass is.
+  struct Scale {
+    float top, unit;
+  };
 
   // Listed tokens get their keys; they are counted and weighed if ``cells`` are.
   ATTNKIT_DEVICE void make_keys(const Cells& cells, bool weigh, float top) const {
@@ -487,13 +498,13 @@ struct LongRow {
   }
 
   // What lies before a key in its cell, in units. By all.
-  ATTNKIT_DEVICE u32 mass_in_cell(const Cells& cells, u64 own, u32 its, float top) const {
-    const float unit = units();
+  template <class Cells>
+  ATTNKIT_DEVICE u32 mass_in_cell(const Cells& cells, const Scale& scale, u64 own, u32 its) const {
     u32 mass = 0;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < s.n; i += kTopkThreads) {
-      const u64 key = s.keys[i];
-      if (key > own && cells.within(any.logit_of(key)) == its) mass += mass_of(any.logit_of(key), top, unit);
+      const u64 key = s.keys[list + i];
+      if (key > own && cells.within(any.logit_of(key)) == its) mass += mass_of(any.logit_of(key), scale.top, scale.unit);
     }
     mass = __reduce_add_sync(0xffffffffu, mass);
     if (any.lane == 0) s.sums[0][any.warp] = mass;
@@ -502,12 +513,13 @@ struct LongRow {
   }
 
   // The k-th key; its cell is known.
+  template <class Cells>
   ATTNKIT_DEVICE u64 last_of_cell(const Cells& cells, u32 k) const {
     const u32 inside = s.inside, need = k - (s.upto - inside);
     if (inside > kCandidates) return any.find_last(k, 0, any);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < s.n; i += kTopkThreads) {
-      const u64 key = s.keys[i];
+      const u64 key = s.keys[list + i];
       if (cells.within(any.logit_of(key)) == s.cell) s.candidates[atomicAdd(&s.n_inside, 1)] = Candidate{key, 0};
     }
     __syncthreads();
@@ -519,11 +531,12 @@ struct LongRow {
 
   // What weighs so much before it is surely left out by top-p (y), and kept if it is less than x: in units. What the k first weigh is
   // known but for those in the cell of the k-th, whose masses differ little. Tokens are cut to whole units, and sums are rounded here.
-  ATTNKIT_DEVICE float2 top_p_end(const Cells& cells, float share, u32 k) const {
-    const float per_cell = kLog2e * __fdividef(1.0f, cells.per_logit), cell = static_cast<float>(s.cell), unit = units();
+  ATTNKIT_DEVICE float2 top_p_end(const Cells& cells, const Scale& scale, float share, u32 k) const {
+    const float per_cell = kLog2e * __fdividef(1.0f, cells.per_logit), cell = static_cast<float>(s.cell), unit = scale.unit;
     const float need = static_cast<float>(k - (s.upto - s.inside)), before = static_cast<float>(s.masses[s.cell]);
-    const float light = exp2_fast(-(cell + 0.51f) * per_cell) * unit * 0.9999f, n = static_cast<float>(s.n);
-    const float heavy = exp2_fast(-fmaxf(cell - 0.51f, 0.0f) * per_cell) * unit * 1.0001f;  // none weighs more than one
+    const float over = (cells.high - scale.top) * kLog2e, n = static_cast<float>(s.n);
+    const float light = exp2_fast(over - (cell + 0.51f) * per_cell) * unit * 0.9999f;
+    const float heavy = exp2_fast(over - fmaxf(cell - 0.51f, 0.0f) * per_cell) * unit * 1.0001f;  // none lies above all cells
     return make_float2(share * (before + need * light) * 0.999999f - 2.0f - n, share * (before + need * heavy + n) * 1.000001f + 2.0f);
   }
 
@@ -535,16 +548,23 @@ struct LongRow {
     make_keys(cells, weigh, top);
     if (!cells.good) return any.finish(k, any.find_last(k, 0, any), options.share, options.ratio, top, 0, Between{0, 0});
     add_up(k);
-    const float2 end = weigh ? top_p_end(cells, options.share, k) : make_float2(kF32Max, kF32Max);
+    return draw_of_cells(cells, Scale{top, units()}, k, options, top, [&](float end, u64 limit) { return draw_by_cells(cells, end, least, limit); });
+  }
+
+  // The same once they are counted and weighed by cell. draw_before(end, limit): as draw_by_cells.
+  template <class Cells, class Draw>
+  ATTNKIT_DEVICE int draw_of_cells(const Cells& cells, const Scale& scale, u32 k, const TopkOptions& options, float top, Draw&& draw_before) const {
+    const bool weigh = options.share < 1.0f;
+    const float2 end = weigh ? top_p_end(cells, scale, options.share, k) : make_float2(kF32Max, kF32Max);
     u64 drawn = 0;
 #pragma unroll 1
     while (true) {
-      drawn = draw_by_cells(cells, end.y, least, drawn);
+      drawn = draw_before(end.y, drawn);
       if (drawn == 0) return -1;
       const u32 cell = cells.within(any.logit_of(drawn));
       if (cell == s.cell && s.upto != k) break;
       if (!weigh || static_cast<float>(s.masses[cell + 1]) < end.x) return best_id(drawn);
-      const u32 before = s.masses[cell] + mass_in_cell(cells, drawn, cell, top);
+      const u32 before = s.masses[cell] + mass_in_cell(cells, scale, drawn, cell);
       if (before == 0 || static_cast<float>(before) < end.x) return best_id(drawn);
       if (static_cast<float>(before) < end.y) break;
     }
@@ -581,7 +601,7 @@ struct LongRow {
 
   // ``mine``: a thread's largest peak.
   ATTNKIT_DEVICE void choose(u32 k, const TopkOptions& options, float mine, int b) {
-    const float2 range = range_of(mine);
+    const float2 range = range_of(s, mine);
     const float top = warm(range.y, any.o);
     int id = -1;
     if (top > negative_infinity()) id = draw(k, options, top, range, b);

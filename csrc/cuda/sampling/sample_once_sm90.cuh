@@ -5,23 +5,31 @@
 #include "sample_counted_sm90.cuh"
 #include "sample_long_sm90.cuh"
 #include "sample_peaks_sm90.cuh"
+#include "sample_streamed_sm90.cuh"
 
 namespace attnkit::sampling {
 
 static_assert(kTopkThreads == kArriveThreads && kTopkThreads == kCountedThreads);
 static_assert(sizeof(TopkShared) <= sizeof(ArriveShared) + 4 * kBins);  // what arrival takes is the most
 
-// A warp's blocks of a row in turn, in parts: a block or half of one, so that a lane has as many bytes of either on their way.
+// A warp's blocks of a row in turn, in parts: a block or half of one, so that a lane has as many bytes of either on their way. Of 16-bit
+// logits of many rows warps begin at other ones of theirs, some in each part of the row, so that all first ones are a sample of it.
 template <int Type>
 struct OnceStream {
   static constexpr int kPieces = Type == kF32 ? 2 : 4, kParts = 4 / kPieces;
   const SampleParams& p;
   const int b;
-  const int warp = static_cast<int>(threadIdx.x / 32);
+  const u32 warp = threadIdx.x / 32;
+  const u32 rounds = (static_cast<u32>(p.blocks) - warp + kTopkWarps - 1) / kTopkWarps;  // that the warp has of whole blocks
+  const u32 first = enough_to_stream() ? warp * rounds / kTopkWarps : 0;
   Raw<Type> raw[kPieces][4];
 
-  ATTNKIT_DEVICE int block_of(int round) const { return warp + round / kParts * kTopkWarps; }
-  ATTNKIT_DEVICE bool has(int round) const { return block_of(round) < p.blocks; }
+  ATTNKIT_DEVICE int block_of(u32 round) const {
+    if constexpr (Type == kF32) return static_cast<int>(warp + round / kParts * kTopkWarps);
+    const u32 n = round + first;
+    return static_cast<int>(warp + (n < rounds ? n : n - rounds) * kTopkWarps);
+  }
+  ATTNKIT_DEVICE bool has(u32 round) const { return Type == kF32 ? block_of(round) < p.blocks : round < rounds; }
   ATTNKIT_DEVICE void load(int round) {
     const int v = block_of(round) * kBlock + round % kParts * kPieces * kPiece;
     if (has(round)) load_pieces<Type>(raw, p, b, v, logits_at<Type>(p, b, v));
@@ -200,6 +208,25 @@ __device__ __noinline__ void draw_counted(const SampleParams& p, char* memory, i
   long_row.choose(k, options, mine, b);
 }
 
+// A row of a longer top-k or of min-p of 16-bit logits.
+template <int Type>
+ATTNKIT_DEVICE void draw_streamed(const SampleParams& p, typename LongRow<Type>::Shared& s, uint2* chunks, OnceRow<Type, false>& row,
+                                  const RowOptions& o, const RowPointers& r, const StreamedLater& given, u32 k, int b) {
+  StreamedLater later = given;
+  float mine;
+  if (StreamedRow<Type>::fits(p, r, k)) {
+    StreamedRow<Type> streamed(p, s, o, k, later.options.share < 1.0f);
+    if (threadIdx.x == 0) streamed.later() = later;
+    mine = streamed.keep(row.stream, chunks);
+    later = streamed.later();
+    if (streamed.choose(AnyRow<Type, false, true>{p, s.any, r, o, later.seed, later.offset}, later.options, b)) return;
+  } else {
+    mine = row.template keep<true>(s.peaks, chunks);
+  }
+  const AnyRow<Type, false, true> any{p, s.any, r, o, later.seed, later.offset};
+  LongRow<Type>{p, s, reinterpret_cast<u32*>(chunks), any, LaneMass{false}}.choose(k, later.options, mine, b);
+}
+
 template <int Type, bool Penalised, bool Given>
 ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
   static_assert(!(Penalised && Given));  // what is given is after penalties
@@ -236,10 +263,14 @@ ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
       auto& s_long = *reinterpret_cast<typename LongRow<Type>::Shared*>(memory);
       uint2* const chunks = reinterpret_cast<uint2*>(&s_long + 1);
       LongRow<Type>::open(s_long, seed, offset);
-      const float mine = once.template keep<true>(s_long.peaks, chunks);
-      const AnyRow<Type, false, true> any{p, s_long.any, r, o, seed, offset};
-      const LaneMass mass = once.weigh(o.rt * kLog2e, longer == 0 && options.share < 1.0f);
-      LongRow<Type>{p, s_long, reinterpret_cast<u32*>(chunks), any, mass}.choose(longer, options, mine, b);
+      if constexpr (Type != kF32 && !Given) {
+        draw_streamed<Type>(p, s_long, chunks, once, o, r, StreamedLater{seed, offset, options}, longer, b);
+      } else {
+        const float mine = once.template keep<true>(s_long.peaks, chunks);
+        const AnyRow<Type, false, true> any{p, s_long.any, r, o, seed, offset};
+        const LaneMass mass = once.weigh(o.rt * kLog2e, longer == 0 && options.share < 1.0f);
+        LongRow<Type>{p, s_long, reinterpret_cast<u32*>(chunks), any, mass}.choose(longer, options, mine, b);
+      }
       return;
     }
   }
