@@ -50,8 +50,8 @@ def _supports(sig: SampleSig) -> str | None:
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
     """Who draws: "all" tokens, of many rows by a "ring" or a "flow" or where penalties have "changed" them by that; top-p
-    without top-k and min-p by "arrival", many bf16 rows of it and of min-p by a "tally", other min-p by a "cut"; any top-k
-    "once"; the "rest" of the filters. Or by two launches: "peaks", then a row by those that are "given", a cut or the rest."""
+    alone by "arrival", many bf16 rows of it, with min-p too, by a "tally"; any top-k and min-p "once", min-p with top-p by
+    a "cut"; the "rest" of the filters. Or by two launches: "peaks", then a row by those that are "given", a cut or the rest."""
     masks, sms = extras(sig), arch.of(sig.device).sms
     if not filtered(sig):
         if masks:
