@@ -99,6 +99,13 @@ def test_cuda_sources_know_no_torch_or_python(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc/cuda").rglob("*.cu*")), ids=lambda p: p.name)
+def test_cuda_sources_want_no_headers(path):
+    """NVRTC has none but its own: what nvcc takes from the standard library compiles there alone."""
+    code = re.sub(r"//.*", "", path.read_text())
+    assert "std::" not in code and not re.search(r"#include\s*<", code)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc/cuda").rglob("*.cu*")), ids=lambda p: p.name)
 def test_no_load_may_pass_the_wait_for_the_grid_before(path):
     """ptxas moved loads that are declared constant to before griddepcontrol.wait: what they read was not yet written."""
     code = re.sub(r"//.*", "", path.read_text())

@@ -174,6 +174,16 @@ struct GivenRow {
   }
 };
 
+// By whether they are given, which is after penalties.
+template <int Type, bool Penalised, bool Given>
+struct PeaksBy {
+  using Row = OnceRow<Type, Penalised>;
+};
+template <int Type>
+struct PeaksBy<Type, false, true> {
+  using Row = GivenRow<Type>;
+};
+
 // Where peaks lie: behind what the row's draw takes, and what brings them.
 template <int Type, bool Penalised, class Shared>
 ATTNKIT_DEVICE auto peaks_behind(char* memory) {
@@ -233,7 +243,7 @@ ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
   extern __shared__ __align__(128) char memory[];
   TopkShared& s = *reinterpret_cast<TopkShared*>(memory);
   const int b = static_cast<int>(blockIdx.x);
-  std::conditional_t<Given, GivenRow<Type>, OnceRow<Type, Penalised>> once(p, memory, b);
+  typename PeaksBy<Type, Penalised, Given>::Row once(p, memory, b);
   once.ask_early();
   if constexpr (!Penalised) s.open();
   if (!Given) wait_for_previous_grid(), launch_dependents();
