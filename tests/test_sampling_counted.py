@@ -98,11 +98,25 @@ def test_what_is_copied_for_arrival():
         assert builds.arrive_slot(kind, {"counts", "prompt_mask"}, 131072, 1) == least + 512
         assert builds.arrive_slot(kind, {"allowed"}, 33000, 1) == least + 1024
         assert builds.arrive_slot(kind, {"counts", "logit_bias"}, 33000, 1) == 0 == builds.arrive_slot(kind, set(), 33000, 1)
-    assert builds.arrive_slot(builds.F32, {"counts", "allowed"}, 131072, 1) == 0  # no room
+    assert builds.arrive_slot(builds.F32, {"counts", "allowed"}, 151936, 1) == 0  # no room
     for kind in (builds.BF16, builds.F32):
         for masks in ({"counts"}, {"prompt_mask"}, {"counts", "prompt_mask", "allowed"}):
             for V in range(2048, builds.MOST_LOCAL * builds.GROUP, 2048):
                 assert builds.arrive_bytes(V, 1, builds.arrive_slot(kind, masks, V, 1)) <= 227 * 1024
+
+
+def test_how_many_share_a_row_for_arrival():
+    """As many as find room at the same time, seven clusters of twelve; with penalties so many that copies have room."""
+    parts = {B: builds.arrive_parts(builds.F32, set(), B, 131072, 132) for B in (1, 7, 8, 16, 64, 128)}
+    assert parts == {1: 12, 7: 12, 8: 8, 16: 6, 64: 2, 128: 1}
+    for masks, V, expected in (
+        ({"counts"}, 151936, 1),
+        ({"counts", "allowed"}, 151936, 2),
+        ({"counts"}, 256000, 2),
+        (set(), 256000, 1),
+    ):
+        assert builds.arrive_parts(builds.F32, masks, 128, V, 132) == expected
+        assert not masks or builds.arrive_slot(builds.F32, masks, V, expected)
 
 
 @gpu
