@@ -11,7 +11,7 @@ from attnkit.backends.cuda.builds import sampling as builds
 from attnkit.sampling import KERNELS
 from tests.kernels import every
 from tests.test_sampling_large import both, chooser, in_a_graph, normal, penalties
-from tests.test_sampling_once import TYPES, odd_rows
+from tests.test_sampling_once import TYPES, odd_rows, penalty_rates
 
 CUDA = [p for p in every(KERNELS) if p.id == "cuda_sm90"]
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize(("impl", "device"), CUDA)]
@@ -67,13 +67,8 @@ def test_rows_of_all_kinds_with_penalties(given, V, dtype, impl, device):
     B, one_of = 48, chooser(48)
     extra, x = penalties(B, V), odd_rows(B, V, dtype)
     o = {name: extra[name] for name in given}
-    o |= {
-        "repetition_penalty": one_of(1.2, 1.0, 0.7),
-        "presence_penalty": one_of(0.3, 0.0, -0.5),
-        "frequency_penalty": one_of(0.2, -0.1),
-        "temperature": one_of(1.0, 0.7, 0.0),
-        "top_p": one_of(1.0, 0.9, 0.55),
-    }
+    o |= penalty_rates(one_of)
+    o |= {"temperature": one_of(1.0, 0.7, 0.0), "top_p": one_of(1.0, 0.9, 0.55)}
     for filters in (
         {"top_k": one_of(1, 2, 50, 128, 129, 1000, 0, dtype=torch.int64), "min_p": one_of(0.0, 0.05)},
         {"min_p": 0.02},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,6 +46,15 @@ def test_what_has_room_at_once():
 def test_how_few_rows_are_sooner_by_two_launches(kind, penalised, B, V, expected):
     """Those of which a multiprocessor would read for too long; at odd addresses more, as copies ahead are slow there."""
     assert builds.few_at_once(kind, penalised, B, V) == expected
+
+
+def penalty_rates(one_of: Any) -> dict[str, torch.Tensor]:
+    """Penalties that lower logits, that raise them and that are off, by rows."""
+    return {
+        "repetition_penalty": one_of(1.2, 1.0, 0.7),
+        "presence_penalty": one_of(0.3, 0.0, -0.5),
+        "frequency_penalty": one_of(0.2, -0.1),
+    }
 
 
 def odd_rows(B: int, V: int, dtype: torch.dtype) -> torch.Tensor:
@@ -99,14 +110,12 @@ def test_rows_of_all_kinds_side_by_side(V, dtype, impl, device):
     ids="+".join,
 )
 def test_rows_of_all_kinds_with_penalties(given, V, dtype, impl, device):
-    """Counts alone have a loop of their own; a bias takes two launches. Penalties that lower logits and that raise them."""
+    """Counts alone have a loop of their own; a bias takes two launches."""
     B, one_of = 120, chooser(120)
     extra = penalties(B, V)
     o = {name: extra[name] for name in given}
+    o |= penalty_rates(one_of)
     o |= {
-        "repetition_penalty": one_of(1.2, 1.0, 0.7),
-        "presence_penalty": one_of(0.3, 0.0, -0.5),
-        "frequency_penalty": one_of(0.2, -0.1),
         "temperature": one_of(1.0, 0.7, 0.0),
         "top_k": one_of(1, 2, 7, 50, 128, 129, 1000, 0, dtype=torch.int64),
         "top_p": one_of(1.0, 0.9, 0.55),

@@ -14,8 +14,8 @@ from attnkit.signature import SampleSig
 @dataclass(frozen=True, slots=True)
 class CudaConfig:
     """
-    ctas  that the blocks of all rows are dealt to where one launch reads the logits once (greedy, plain temperature, short
-          top-k without penalties; what other filters and plain draws of many rows use follows from the shape)
+    ctas  that the blocks of all rows are dealt to where nothing else says how many (greedy and plain temperature of few rows,
+          peaks of few rows without penalties; what else is drawn follows from the shape)
     """
 
     ctas: int
@@ -34,6 +34,6 @@ def candidates(sig: SampleSig, arch: Arch) -> list[CudaConfig]:
 CUDA = Space(
     "sample", "cuda_sm90", CudaConfig, default, candidates, bucket,
     sources=tuple(
-        f"csrc/cuda/sampling/sample_{part}_sm90.cuh" for part in ("row", "group", "stream", "draw", "topk", "arrive")
+        f"csrc/cuda/sampling/sample_{part}_sm90.cuh" for part in ("row", "group", "stream", "draw", "peaks")
     ),
 )  # fmt: skip

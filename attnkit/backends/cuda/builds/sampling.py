@@ -246,7 +246,7 @@ def filters(kind: int, ctas: int) -> Variant:
 
 
 def cut(kind: int) -> Variant:
-    """csrc/cuda/sampling/sample_cut_sm90.cu: top-p and min-p without top-k, by lists."""
+    """csrc/cuda/sampling/sample_cut_sm90.cu: top-p with min-p without top-k, by lists."""
     values = {"TYPE": kind, "CTAS": STREAM_CTAS}
     return variant("sampling/sample_cut_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
@@ -294,7 +294,7 @@ def shipped() -> list[Variant]:
     """What common calls ask for: slices that let three CTAs share a multiprocessor."""
     kinds = (F32, BF16, F16)
     draws = [draw(kind, *how) for kind in kinds for how in ((False, False), (False, True), (True, False))]
-    cuts = [of(kind) for kind in kinds for of in (lambda kind: filters(kind, 3), cut)]
+    cuts = [v for kind in kinds for v in (filters(kind, 3), cut(kind))]
     firsts = [peaks(kind, penalised) for kind in kinds for penalised in (False, True)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
     at_once = [once(kind, *how) for kind in kinds for how in ((False, False), (True, False), (False, True))]
