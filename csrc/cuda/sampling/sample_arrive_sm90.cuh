@@ -36,6 +36,7 @@ struct ArriveRow {
   bool none = false;                   // no open token arrives
   int n_order = 0;                     // how many are in order
   bool bounded = false;                // bounds for them are added up
+  int bounds = 0;                      // how often bounds were sent
 
   ATTNKIT_DEVICE ArriveRow(Share& share, float p) : h(share), s(share.s), scales(share, p), top_p(p) {}
 
@@ -46,9 +47,10 @@ struct ArriveRow {
 
   // Tells all CTAs which open tokens arrive before ``time`` (of the row's largest logit).
   ATTNKIT_DEVICE void tell_early() {
+    scales.open_sums();
     list_early();
     __syncthreads();
-    if (s.n_early > kMostEarly) tell_over();
+    if (s.n_early > kMostEarly) s.over = 1;
     const int found = min(s.n_early, kMostEarly);
     if (warp < kArriveWarps / 2) {
       const float floor = less_log(h.top, time) + fabsf(h.top) * 1e-6f + 1e-3f;
@@ -57,7 +59,32 @@ struct ArriveRow {
     } else if (tells == 0 && !narrow) {
       scales.add_up_cells();
     }
-    h.meet();
+    __syncthreads();
+    if (h.size > 1) send_told();
+  }
+
+  ATTNKIT_DEVICE int room() const { return h.size == 1 ? kTold : kTold / h.size; }
+  static constexpr u64 kOver = 1;  // a key of none
+
+  // A warp a CTA, as many to each whatever there is to tell; all have all then.
+  ATTNKIT_DEVICE void send_told() {
+    const int most = room();
+    if (thread_here() == 0) expect(s, kOfTold, 16 * h.size * most);
+#pragma unroll 1
+    for (int i = lane; i < most && warp < h.size; i += 32) {
+      Arrival one = s.mine[i];
+      if (i >= s.n_told) one.key = 0;
+      if (i == 0 && s.over != 0) one.key = kOver;
+      send(s, kOfTold, &s.told[i * h.size + h.rank], warp,
+           make_uint4(static_cast<u32>(one.key), high_word(one.key), __float_as_uint(one.logit), static_cast<u32>(one.id)));
+    }
+    await(s, kOfTold, tells);
+  }
+
+  // Whether what is told is not all.
+  ATTNKIT_DEVICE bool told_over() const {
+    if (h.size == 1) return s.over != 0;
+    return __any_sync(0xffffffffu, lane < h.size && s.told[min(lane, h.size - 1)].key == kOver);
   }
 
   // Groups of which a token may arrive before ``time``, and be kept.
@@ -136,32 +163,23 @@ struct ArriveRow {
   }
 
   ATTNKIT_DEVICE void tell(const Arrival& one) {
-    const int room = kTold / h.size, at = atomicAdd(&s.n_told, 1);
-    if (at >= room) {
-      tell_over();
-    } else if (h.size == 1) {
-      s.told[at] = one;
+    const int at = atomicAdd(&s.n_told, 1);
+    if (at >= room()) {
+      s.over = 1;
     } else {
-      const uint4 record = make_uint4(static_cast<u32>(one.key), high_word(one.key), __float_as_uint(one.logit), static_cast<u32>(one.id));
-#pragma unroll 1
-      for (int cta = 0; cta < h.size; ++cta) store_remote(remote_address(&s.told[at * h.size + h.rank], cta), record);
+      (h.size == 1 ? s.told : s.mine)[at] = one;
     }
-  }
-
-  // What is told is not all.
-  ATTNKIT_DEVICE void tell_over() {
-#pragma unroll 1
-    for (int cta = 0; cta < h.size; ++cta) store_remote(remote_address(&s.over, cta), 1u);
   }
 
   // Puts what is told in order of time, a warp a token, and adds up bounds at once where there are few.
   ATTNKIT_DEVICE void sort_told() {
     const int last = h.size == 1 ? min(s.n_told, kTold) : kTold;
-    scales.open_sums();
     n_order = 0;
 #pragma unroll
     for (int j = 0; j < kTold / 32; ++j) n_order += __popc(__ballot_sync(0xffffffffu, s.told[32 * j + lane].key != 0));
     bounded = n_order <= kProbes;
+    const bool sent = h.size > 1 && bounded;
+    if (sent && thread_here() == 0) expect(s, kOfSums, 4 * 2 * n_order * h.size);
 #pragma unroll 1
     for (int i = warp; i < last; i += kArriveWarps) {
       const Arrival one = s.told[i];
@@ -170,13 +188,10 @@ struct ArriveRow {
 #pragma unroll
       for (int j = 0; j < kTold / 32; ++j) rank += __popc(__ballot_sync(0xffffffffu, s.told[32 * j + lane].key > one.key));
       if (lane == 0) s.order[rank] = Place{one.logit, one.id};
-      if (bounded) scales.add_bounds(rank, Place{one.logit, one.id});
+      if (bounded) scales.add_bounds(rank, Place{one.logit, one.id}, sent);
     }
-    if (bounded) {
-      h.meet();
-    } else {
-      __syncthreads();
-    }
+    if (sent) await(s, kOfSums, bounds++);
+    __syncthreads();
   }
 
   // ---- the choice ----
@@ -261,7 +276,7 @@ struct ArriveRow {
     if (top_p >= 1.0f) return s.order[next].id;
     if (!bounded) {
       scales.open_sums();
-      if (warp < found) scales.add_bounds(warp, s.order[next + warp]);
+      if (warp < found) scales.add_bounds(warp, s.order[next + warp], false);
       h.meet();
     }
     bounded = false;
@@ -294,7 +309,7 @@ struct ArriveRow {
     }
     tell_early();
     ++tells;
-    if (s.over != 0) {
+    if (told_over()) {
       n_order = 0, time *= 0.35f, shorter = true;
     } else {
       sort_told();
@@ -378,7 +393,10 @@ ATTNKIT_DEVICE void sample_arrive(const SampleParams& p) {
   const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int n = (p.blocks - rank + size - 1) / size * (kBlock / 16);
   const ArriveMemory m(memory, n);
-  if (size > 1) cluster_arrive();
+  if (size > 1) {
+    if (thread_here() == 0) open_meetings(m.s);
+    cluster_arrive();
+  }
   wait_for_previous_grid();
   launch_dependents();
   draw_by_arrival<Type, Penalised>(p, m, static_cast<int>(blockIdx.x) / size, size, rank, n);

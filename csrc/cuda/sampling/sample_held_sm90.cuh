@@ -34,7 +34,10 @@ struct alignas(16) Arrival {
 // Shared memory; groups, marks and bins follow. Mirrors ARRIVE_BYTES in attnkit/backends/cuda/builds/sampling.py.
 struct ArriveShared {
   Arrival told[kTold];         // by all CTAs in turn
-  Place order[kTold];          // the same in order of time
+  union {
+    Place order[kTold];        // the same in order of time
+    Arrival mine[kTold / 2];   // this CTA's, until all CTAs have them
+  };
   uint4 about[kMostParts];     // of every CTA: largest logit, mass
   uint4 bests[2][kMostParts];  // of every CTA
   u64 sums[kArriveWarps];
@@ -48,9 +51,31 @@ struct ArriveShared {
   u64 seed, offset;
   Levels levels;
   int n_early, n_told;
-  int over;  // some CTA had more to tell
+  int over;  // this CTA had more to tell
+  u64 met[3];  // barriers that count what all CTAs of a row send to each: Meeting
 };
-static_assert(sizeof(ArriveShared) == 7632, "ARRIVE_BYTES");
+static_assert(sizeof(ArriveShared) == 7648, "ARRIVE_BYTES");
+
+// What all CTAs of a row send to all of them: what they hold, the tokens that arrive early, and bounds of what precedes those. It is
+// counted where it arrives, which takes half as long as a barrier of the cluster: that waits until memory has all stores.
+enum Meeting { kOfAbout, kOfTold, kOfSums };
+
+ATTNKIT_DEVICE void open_meetings(ArriveShared& s) {
+  for (int i = 0; i < 3; ++i) mbarrier_init(smem_address(&s.met[i]), 1);
+  mbarrier_init_fence();
+}
+// By one thread: how many bytes will come.
+ATTNKIT_DEVICE void expect(ArriveShared& s, Meeting of, int bytes) { mbarrier_arrive_expect(smem_address(&s.met[of]), bytes); }
+ATTNKIT_DEVICE void await(ArriveShared& s, Meeting of, int turn) { mbarrier_wait_cluster(smem_address(&s.met[of]), turn & 1); }
+// To the same place in another CTA.
+ATTNKIT_DEVICE void send(ArriveShared& s, Meeting of, const void* to, int cta, uint4 x) {
+  store_async_16(remote_address(to, cta), remote_address(&s.met[of], cta), x.x, x.y, x.z, x.w);
+}
+ATTNKIT_DEVICE void send_added(ArriveShared& s, Meeting of, const void* to, int cta, u32 x) {
+  asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];" ::"r"(remote_address(to, cta)),
+               "r"(x), "r"(remote_address(&s.met[of], cta))
+               : "memory");
+}
 
 // What follows from these is not worked out ahead of a loop: there are no registers to keep it.
 ATTNKIT_DEVICE float hidden(float x) {
@@ -344,9 +369,10 @@ struct ArriveShare {
     here = all.x, mass = all.y;
     if (size > 1) {
       cluster_wait();
-      const uint4 record = make_uint4(__float_as_uint(here), __float_as_uint(mass), 0, 0);
-      if (threadIdx.x < size) store_remote(remote_address(&s.about[rank], threadIdx.x), record);
-      cluster_sync();
+      const int t = thread_here();
+      if (t == 0) expect(s, kOfAbout, 16 * size);
+      if (t < size) send(s, kOfAbout, &s.about[rank], t, make_uint4(__float_as_uint(here), __float_as_uint(mass), 0, 0));
+      await(s, kOfAbout, 0);
       const uint4 q = s.about[min(lane, size - 1)];
       all = gather(lane < size ? make_float2(__uint_as_float(q.x), __uint_as_float(q.y)) : none);
     }

@@ -42,7 +42,7 @@ struct Weigh {
   template <int Places>
   ATTNKIT_DEVICE const u32* add_up(u32 mine) {
     open_sums();
-    if (h.lane < Places) add_sum(h.lane, mine);
+    add_sums<Places>(h.lane, mine, false);
     h.meet();
     return close_sums();
   }
@@ -52,13 +52,25 @@ struct Weigh {
     if (t < 2 * kProbes) h.s.above[(turn + 1) % 3][t] = 0;
   }
   ATTNKIT_DEVICE const u32* close_sums() { return h.s.above[turn++ % 3]; }
-  ATTNKIT_DEVICE void add_sum(int place, u32 mine) {
-    u32* const to = &h.s.above[turn % 3][place];
+  // What the first lanes of a warp give, at the places that they say, each lane to a CTA; ``sent``: counted there.
+  template <int Places>
+  ATTNKIT_DEVICE void add_sums(int place, u32 mine, bool sent) {
+    u32* const sums = h.s.above[turn % 3];
     if (h.size == 1) {
-      atomicAdd(to, mine);
-    } else {
+      if (h.lane < Places) atomicAdd(sums + place, mine);
+      return;
+    }
 #pragma unroll 1
-      for (int cta = 0; cta < h.size; ++cta) add_remote(remote_address(to, cta), mine);
+    for (int i = 0; i < Places * h.size; i += 32) {
+      const u32* const to = sums + __shfl_sync(0xffffffffu, place, h.lane % Places);
+      const u32 its = __shfl_sync(0xffffffffu, mine, h.lane % Places);
+      const int cta = (i + h.lane) / Places;
+      if (cta >= h.size) continue;
+      if (sent) {
+        send_added(h.s, kOfSums, to, cta, its);
+      } else {
+        add_remote(remote_address(to, cta), its);
+      }
     }
   }
 
@@ -127,7 +139,7 @@ struct Weigh {
 
   // Adds bounds of what precedes a probe in this CTA's share, at places ``q`` and kProbes + ``q``: a warp's work. From above: what
   // its levels weigh; from below: all but what the others do, whichever says more. The probe does not precede itself.
-  ATTNKIT_DEVICE void add_bounds(int q, const Place& probe) {
+  ATTNKIT_DEVICE void add_bounds(int q, const Place& probe, bool sent) {
     const int last = h.bin_of(from(probe.logit)), surely = h.bin_of(past(probe.logit)) - 1;
     const float to_units = h.part() * unit, all = h.mass * to_units;
     float most = all, few = 0.0f;
@@ -139,7 +151,7 @@ struct Weigh {
       few = fmaxf(low * (1.0f - within()), all - (levels - low) * (1.0f + within()));
     }
     if (probe.id / kBlock % h.size == h.rank) most -= 0.999f * h.mass_of(from(probe.logit)) * to_units;
-    if (h.lane < 2) add_sum(h.lane * kProbes + q, __float2uint_rn(fmaxf(h.lane == 0 ? most : few, 0.0f)));
+    add_sums<2>(h.lane * kProbes + q, __float2uint_rn(fmaxf(h.lane == 0 ? most : few, 0.0f)), sent);
   }
 
   // ---- with groups read again ----
