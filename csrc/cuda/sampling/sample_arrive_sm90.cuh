@@ -276,7 +276,8 @@ struct ArriveRow {
     if (top_p >= 1.0f) return s.order[next].id;
     if (!bounded) {
       scales.open_sums();
-      if (warp < found) scales.add_bounds(warp, s.order[next + warp], false);
+#pragma unroll 1
+      for (int q = warp; q < found; q += kArriveWarps) scales.add_bounds(q, s.order[next + q], false);
       h.meet();
     }
     bounded = false;
@@ -324,7 +325,7 @@ struct ArriveRow {
     // Of small p few tokens are kept: of a row that is one CTA's, those that are not need not be told. Of others each CTA has room
     // for few that it tells.
     narrow = h.size == 1 && top_p < 0.4f && h.bins[0] == 0;
-    const float some = fminf(6.0f * reciprocal(fmaxf(top_p, 0.1f)) + 3.0f, h.size == 1 ? 64.0f : h.size == 2 ? 32.0f : 16.0f);
+    const float some = fminf(6.0f * reciprocal(fmaxf(top_p, 0.1f)) + 3.0f, h.size == 1 ? 64.0f : h.size == 2 ? 32.0f : 22.0f);
     time = (narrow ? 12.0f * reciprocal(fmaxf(top_p, 1e-3f)) : some) * reciprocal(h.whole);
     if (narrow) {
       if (warp >= kArriveWarps / 2) scales.add_up_cells();

@@ -12,7 +12,7 @@ constexpr int kPiecesAhead = 2;  // pieces of 512 tokens that a warp has on thei
 constexpr int kMostParts = 12;   // CTAs of a row
 constexpr int kMostEarly = 256;  // groups of a CTA that arrive early
 constexpr int kTold = 128;       // tokens of a row that arrive early
-constexpr int kProbes = 16;      // tokens that are judged at a time
+constexpr int kProbes = 32;      // tokens that are judged at a time
 
 // Levels, a bin each, even in logits; the last holds all that is lower too. How far apart they are is the row's affair: up to
 // kAbove powers of two above the largest of a sample, and kBelow below it.
@@ -31,8 +31,9 @@ struct alignas(16) Arrival {
   int id;
 };
 
-// Shared memory; groups, marks and bins follow. Mirrors ARRIVE_BYTES in attnkit/backends/cuda/builds/sampling.py.
-struct ArriveShared {
+// Shared memory; groups, marks, bins and what copies bring follow, each in whole lines of 128 bytes. Mirrors ARRIVE_BYTES in
+// attnkit/backends/cuda/builds/sampling.py.
+struct alignas(128) ArriveShared {
   Arrival told[kTold];         // by all CTAs in turn
   union {
     Place order[kTold];        // the same in order of time
@@ -54,7 +55,7 @@ struct ArriveShared {
   int over;  // this CTA had more to tell
   u64 met[3];  // barriers that count what all CTAs of a row send to each: Meeting
 };
-static_assert(sizeof(ArriveShared) == 7648, "ARRIVE_BYTES");
+static_assert(sizeof(ArriveShared) == 8064, "ARRIVE_BYTES");
 
 // What all CTAs of a row send to all of them: what they hold, the tokens that arrive early, and bounds of what precedes those. It is
 // counted where it arrives, which takes half as long as a barrier of the cluster: that waits until memory has all stores.

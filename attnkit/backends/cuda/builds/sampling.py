@@ -49,7 +49,7 @@ FEW_BLOCKS, FEW_BYTES = (512, 1024), 192 * 1024
 FEW_COUNTED, FEW_ODD, FEW_WEIGHED = 40, 100, 64
 #: Threads of the kernel for top-p alone, which has a multiprocessor to itself; sizeof(ArriveShared) in
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
-ARRIVE_THREADS, ARRIVE_BYTES = 512, 7648 + 4 * 14336
+ARRIVE_THREADS, ARRIVE_BYTES = 512, 8064 + 4 * 14336
 MOST_LOCAL = (227 * 1024 - ARRIVE_BYTES) // (10 * BLOCK // GROUP) * (BLOCK // GROUP)
 #: Threads of the kernel for bf16 rows by value, kTallyBytes in csrc/cuda/sampling/sample_tally_row_sm90.cuh, bytes of a slot
 #: there, slots of a row at the most and slots that there are at the least.
