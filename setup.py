@@ -1,11 +1,15 @@
 """Builds attnkit._C and, where nvcc is found, the cubins of csrc/cuda.
 
+An editable install where no NVIDIA driver is leaves the cubins out: nothing there could load them, and they take
+minutes. A wheel and `build_ext --inplace` have them wherever nvcc is.
+
 Files named *_avx2.cpp and *_avx512.cpp get their instruction set's flags; every other file is built for
 the baseline, so the module loads on any x86-64 (or other) machine and picks at run time.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import platform
@@ -83,12 +87,23 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         super().run()
+        if self.editable_mode and not has_driver():
+            print("CUDA kernels are left out: no NVIDIA driver was found (python setup.py build_ext --inplace compiles them)")
+            return
         built = prebuild_cubins()
         if not self.inplace and not self.editable_mode:
             package = Path(self.build_lib) / "attnkit"
             self.copy_tree(str(ROOT / "csrc" / "cuda"), str(package / "cuda_source"))
             if built.is_dir():
                 self.copy_tree(str(built), str(package / "cubins"))
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def prebuild_cubins() -> Path:
