@@ -1,7 +1,8 @@
 """Builds attnkit._C and, where nvcc is found, the cubins of csrc/cuda.
 
 An editable install where no NVIDIA driver is leaves the cubins out: nothing there could load them, and they take
-minutes. A wheel and `build_ext --inplace` have them wherever nvcc is.
+minutes. A wheel and `build_ext --inplace` have them wherever nvcc is; ATTNKIT_NVCC names it, and says if empty that none
+is to be used.
 
 Files named *_avx2.cpp and *_avx512.cpp get their instruction set's flags; every other file is built for
 the baseline, so the module loads on any x86-64 (or other) machine and picks at run time.
@@ -112,7 +113,8 @@ def prebuild_cubins() -> Path:
     Without nvcc, and where a file fails to compile, the install goes on: NVRTC compiles on first use.
     The package is entered beside its __init__, which would import torch.
     """
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    nvcc = os.environ.get("ATTNKIT_NVCC", found)
     package = types.ModuleType("attnkit")
     package.__path__ = [str(ROOT / "attnkit")]
     sys.modules["attnkit"] = package
@@ -122,7 +124,7 @@ def prebuild_cubins() -> Path:
     finally:
         for name in [n for n in sys.modules if n.split(".")[0] == "attnkit"]:
             del sys.modules[name]
-    if nvcc is None:
+    if not nvcc:
         print("nvcc was not found: CUDA kernels will be compiled on first use")
         return images.PREBUILT
     try:
