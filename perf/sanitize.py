@@ -62,13 +62,16 @@ def cases() -> Iterator[tuple[Any, str]]:
         SiluMulQuantize(M=9, K=1000),
         Sample(B=3, V=32003, top_k=50, top_p=0.9),
         Sample(B=3, V=32003, top_p=0.9, min_p=0.01, penalties=True),
-        # By arrival, rows of a CTA each and rows that several share, and by cutting the row; flat rows, of which more is kept than
-        # lists hold.
+        # By arrival, rows of a CTA each and rows that several share; flat rows, of which more is kept than lists hold.
         *(Sample(B=70, V=4100, top_k=k, min_p=0.01, dtype=kind) for k in (50, 300) for kind in ("fp32", "bf16")),
         Sample(B=60, V=70001, top_k=40, top_p=0.9),
         # Counted by value; with penalties by one launch, or by two.
         *(Sample(B=60, V=V, top_p=p, dtype="bf16") for V, p in ((4104, 0.9), (4104, 0.1), (131072, 0.9))),
         *(Sample(B=60, V=V, top_p=0.9, min_p=0.05, dtype="bf16") for V in (4104, 131072)),
+        *(
+            Sample(B=70, V=70001, top_p=0.9, min_p=m, dtype=kind)
+            for m, kind in ((0.01, "fp32"), (1e-6, "fp32"), (0.01, "bf16"))
+        ),
         *(
             Sample(B=B, V=4100, top_k=k, top_p=0.9, penalties=True, dtype=kind)
             for B in (20, 40)

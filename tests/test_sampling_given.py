@@ -25,7 +25,6 @@ def two_launches(monkeypatch):
     dispatch.forget_plans()
     monkeypatch.setattr(builds, "few_at_once", lambda *_: True)
     monkeypatch.setattr(builds, "fits_tally", lambda *_: False)
-    monkeypatch.setattr(builds, "FEW_WEIGHED", 1 << 20)
     yield
     dispatch.forget_plans()
 

@@ -48,6 +48,12 @@ def test_how_few_rows_are_sooner_by_two_launches(kind, penalised, B, V, expected
     assert builds.few_at_once(kind, penalised, B, V) == expected
 
 
+def test_how_few_rows_of_top_p_with_min_p_are_sooner_by_two_launches():
+    for kind, V in ((builds.F32, 131072), (builds.F32, 50257), (builds.F16, 131072)):
+        assert builds.few_at_once(kind, False, 36, V, True) and not builds.few_at_once(kind, False, 37, V, True)
+    assert not builds.few_at_once(builds.F32, False, 1, 32000, True)
+
+
 def penalty_rates(one_of: Any) -> dict[str, torch.Tensor]:
     """Penalties that lower logits, that raise them and that are off, by rows."""
     return {

@@ -50,8 +50,8 @@ def _supports(sig: SampleSig) -> str | None:
 
 def _ways(sig: SampleSig) -> tuple[str, ...]:
     """Who draws: "all" tokens, of many rows by a "ring" or a "flow" or where penalties have "changed" them by that; top-p
-    alone by "arrival", many bf16 rows of it, with min-p too, by a "tally"; any top-k and min-p "once", min-p with top-p by
-    a "cut"; the "rest" of the filters. Or by two launches: "peaks", then a row by those that are "given", a cut or the rest."""
+    alone by "arrival", many bf16 rows of it, with min-p too, by a "tally"; any top-k and min-p "once"; the "rest" of the
+    filters. Or by two launches: "peaks", then a row by those that are "given", or the rest."""
     masks, sms = extras(sig), arch.of(sig.device).sms
     if not filtered(sig):
         if masks:
@@ -61,19 +61,15 @@ def _ways(sig: SampleSig) -> tuple[str, ...]:
             return ("flow",)
         return ("ring",) if leads and sig.aligned else ("all",)
     top_k, held = sig.top_k is None or 0 < sig.top_k < sig.V, builds.holds_at_once(sig.V)
-    if not top_k and sig.min_p == 0.0 and builds.fits_by_arrival(sig.V):
-        return ("tally",) if _tallied(sig) else ("arrival",)
-    if top_k and ((sig.top_k or 0) > builds.MOST_LONG or not held):
-        return ("peaks", "rest") if masks else ("rest",)
-    if held and ("logit_bias" in masks or builds.few_at_once(KINDS[sig.dtype], bool(masks), sig.B, sig.V)):
-        return ("peaks", "given")
-    if top_k or (held and (masks or sig.top_p == 1.0)):
-        return ("once",)
-    if _tallied(sig):
+    weighed = not top_k and sig.top_p != 1.0
+    if weighed and _tallied(sig):
         return ("tally",)
-    if held and sig.B <= builds.FEW_WEIGHED:
-        return ("peaks", "given")
-    return ("peaks", "cut") if masks else ("cut",)
+    if not top_k and sig.min_p == 0.0 and builds.fits_by_arrival(sig.V):
+        return ("arrival",)
+    if not held or (top_k and (sig.top_k or 0) > builds.MOST_LONG):
+        return ("peaks", "rest") if masks else ("rest",)
+    few = builds.few_at_once(KINDS[sig.dtype], bool(masks), sig.B, sig.V, weighed)
+    return ("peaks", "given") if few or "logit_bias" in masks else ("once",)
 
 
 def _tallied(sig: SampleSig) -> bool:
@@ -96,7 +92,7 @@ def _variant(sig: SampleSig, way: str) -> Variant:
         return builds.filters(kind, builds.filter_ctas(builds.cluster(sig.V)[1], builds.held_bytes(kind)))
     if way in ("peaks", "arrival"):
         return (builds.peaks if way == "peaks" else builds.top_p)(kind, penalised)
-    return {"flow": builds.flow, "changed": builds.changed, "cut": builds.cut}[way](kind)
+    return (builds.flow if way == "flow" else builds.changed)(kind)
 
 
 def _read_by(sig: SampleSig, ways: tuple[str, ...]) -> list[tuple[str, SampleSig]]:
@@ -136,7 +132,7 @@ def values_of(sig: SampleSig, strides: dict[str, int]) -> dict[str, Any]:
     return {
         "logits_b": sig.logits_stride[0] * sig.dtype.itemsize, "offset_value": int(number("offset", 0)),
         "top_k_value": int(number("top_k", 0)), "B": sig.B, "V": sig.V, "blocks": -(-sig.V // builds.BLOCK),
-        "left": _left(sig), "room": builds.CUT_ROOM,
+        "left": _left(sig), "room": 0,
         "temperature_value": number("temperature", 1.0), "top_p_value": number("top_p", 1.0),
         "min_p_value": number("min_p", 0.0), "repetition_value": number("repetition_penalty", 1.0),
         "presence_value": number("presence_penalty", 0.0), "frequency_value": number("frequency_penalty", 0.0),
@@ -203,9 +199,6 @@ def _launch_by(plan: Plan, sig: SampleSig, way: str, strides: dict[str, int], po
     elif way == "tally":
         values["room"] = builds.tally_slots(sig.V)
         shared, threads = builds.tally_bytes(sig.V), builds.TALLY_THREADS
-    elif way == "cut":
-        cluster = builds.parts(sig.B, sig.V, sms, sig.top_p != 1.0)
-        shared = builds.CUT_BYTES + 8 * builds.THREADS * builds.CUT_ROOM
     else:
         cluster, tiles = builds.cluster(sig.V)
         name, shared = "attnkit_sample_filter", builds.slice_bytes(tiles, builds.held_bytes(kind))

@@ -1,6 +1,6 @@
 // top-k, top-p and min-p: a cluster holds a row in its shared memory, so the logits are read from memory once.
-// Most calls are others': sample_once_sm90.cuh has top-k, sample_cut_sm90.cuh min-p. sample_list_sm90.cuh lists few tokens for
-// log-probabilities.
+// Most calls are others': sample_once_sm90.cuh has top-k and min-p, of rows that it holds. sample_list_sm90.cuh lists few tokens
+// for log-probabilities.
 //
 // No cut is looked for: a draw from all tokens is checked by counting and weighing what precedes it. Where a filter
 // refuses it, so it does everything that follows, and the best of the tokens before it is tried.

@@ -108,6 +108,8 @@ struct LaneMass {
     of = x;
   }
   ATTNKIT_DEVICE float mass(float x) const { return exp2_fast((x - of) * scale); }
+  // The same is exp2 of a logit by ``scale`` and this, which rounds a millionth of a large logit away.
+  ATTNKIT_DEVICE float shift() const { return of > negative_infinity() ? -of * scale : 0.0f; }
   // What weighs ``its`` over a logit.
   ATTNKIT_DEVICE void take(float logit, float its) {
     if (its == 0.0f) return;

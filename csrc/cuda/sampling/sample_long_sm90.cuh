@@ -128,7 +128,7 @@ struct LongRow {
   Shared& s;
   u32* const behind;  // peaks of a group's chunks (two words), or a group's word, or a token's
   AnyRow<Type, Penalised, true> any;
-  const LaneMass mass;  // of top-p without top-k, with penalties or as it was left
+  const LaneMass mass;  // of top-p without top-k
   const int list = 0;   // where the listed are among the keys
 
   // By all, before the row is read, or with penalties after it: what is counted is zero.

@@ -51,6 +51,20 @@ struct OnceStream {
       return make_uint2(four.w[0], four.w[1]);
     }
   }
+  // Adds what is there, of which none is above ``most``.
+  ATTNKIT_DEVICE void weigh(LaneMass& mass, float most) const {
+    mass.reach(most);
+    const float shift = mass.shift();
+    float sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4 * kPieces; ++i) {
+      float x[4];
+      widen_four<Type>(raw[i / 4][i % 4], x);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[j] += exp2_fast(__fmaf_rn(x[j], mass.scale, shift));
+    }
+    mass.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
 };
 
 // What a row keeps its peaks by. First of all:
@@ -64,10 +78,9 @@ struct OnceRow {
   ATTNKIT_DEVICE void ask_early() const { ask_block_l2<Type>(stream.p, stream.b, stream.block_of(0)); }
   ATTNKIT_DEVICE void begin() { stream.load(0); }
   ATTNKIT_DEVICE void leave() const {}
-  ATTNKIT_DEVICE LaneMass weigh(float, bool) const { return LaneMass{false}; }
-  // Keeps all peaks, and those of chunks if ``Chunks``; a thread's largest.
-  template <bool Chunks = false>
-  ATTNKIT_DEVICE float keep(Raw<Type>* peaks, uint2* chunks = nullptr) {
+  // Keeps all peaks, and those of chunks if ``Chunks``, and adds what the lane's tokens weigh if ``Weighed``; a thread's largest.
+  template <bool Chunks = false, bool Weighed = false>
+  ATTNKIT_DEVICE float keep(Raw<Type>* peaks, uint2* chunks = nullptr, LaneMass* mass = nullptr) {
     constexpr int kPieces = OnceStream<Type>::kPieces, kParts = OnceStream<Type>::kParts;
     float mine = negative_infinity();
 #pragma unroll 1
@@ -76,6 +89,7 @@ struct OnceRow {
 #pragma unroll
       for (int u = 0; u < kPieces && Chunks; ++u) of_chunks[u] = chunk_peaks<Type>(stream.raw[u]);
       const uint2 most = stream.peaks(mine);
+      if constexpr (Weighed) stream.weigh(*mass, mine);
       stream.load(round + 1);
       stream.keep(round, most, peaks);
 #pragma unroll
@@ -84,6 +98,9 @@ struct OnceRow {
       }
     }
     return mine;
+  }
+  ATTNKIT_DEVICE float keep_chunks(Raw<Type>* peaks, uint2* chunks, LaneMass& mass) {
+    return mass.wanted ? keep<true, true>(peaks, chunks, &mass) : keep<true>(peaks, chunks);
   }
 };
 
@@ -165,12 +182,12 @@ struct GivenRow {
     if constexpr (Chunks) copy_async_wait_all();
     return mine;
   }
-  // What this thread's pieces weigh, if that was left.
-  ATTNKIT_DEVICE LaneMass weigh(float scale, bool wanted) const {
-    LaneMass mass{wanted && leaves_masses(p), scale};
+  // And adds what this thread's pieces weigh.
+  ATTNKIT_DEVICE float keep_chunks(Raw<Type>* peaks, uint2* chunks, LaneMass& mass) const {
+    const float mine = keep<true>(peaks, chunks);
     const float2* const masses = Left<Type>(p).masses + static_cast<i64>(b) * p.blocks * 4;
     for (int i = static_cast<int>(threadIdx.x); i < p.blocks * 4 && mass.wanted; i += kThreads) mass.take(masses[i].x, masses[i].y);
-    return mass;
+    return mine;
   }
 };
 
@@ -223,7 +240,8 @@ template <int Type>
 ATTNKIT_DEVICE void draw_streamed(const SampleParams& p, typename LongRow<Type>::Shared& s, uint2* chunks, OnceRow<Type, false>& row,
                                   const RowOptions& o, const RowPointers& r, const StreamedLater& given, u32 k, int b) {
   StreamedLater later = given;
-  float mine;
+  bool weighed = false;
+  float mine, of = negative_infinity(), sum = 0.0f;
   if (StreamedRow<Type>::fits(p, r, k)) {
     StreamedRow<Type> streamed(p, s, o, k, later.options.share < 1.0f);
     if (threadIdx.x == 0) streamed.later() = later;
@@ -231,10 +249,12 @@ ATTNKIT_DEVICE void draw_streamed(const SampleParams& p, typename LongRow<Type>:
     later = streamed.later();
     if (streamed.choose(AnyRow<Type, false, true>{p, s.any, r, o, later.seed, later.offset}, later.options, b)) return;
   } else {
-    mine = row.template keep<true>(s.peaks, chunks);
+    LaneMass mass{k == 0 && later.options.share < 1.0f, o.rt * kLog2e};
+    mine = row.keep_chunks(s.peaks, chunks, mass);
+    weighed = mass.wanted, of = mass.of, sum = mass.sum;
   }
   const AnyRow<Type, false, true> any{p, s.any, r, o, later.seed, later.offset};
-  LongRow<Type>{p, s, reinterpret_cast<u32*>(chunks), any, LaneMass{false}}.choose(k, later.options, mine, b);
+  LongRow<Type>{p, s, reinterpret_cast<u32*>(chunks), any, LaneMass{weighed, o.rt * kLog2e, of, sum}}.choose(k, later.options, mine, b);
 }
 
 template <int Type, bool Penalised, bool Given>
@@ -276,9 +296,9 @@ ATTNKIT_DEVICE void sample_once(const SampleParams& p) {
       if constexpr (Type != kF32 && !Given) {
         draw_streamed<Type>(p, s_long, chunks, once, o, r, StreamedLater{seed, offset, options}, longer, b);
       } else {
-        const float mine = once.template keep<true>(s_long.peaks, chunks);
+        LaneMass mass{longer == 0 && options.share < 1.0f && (!Given || leaves_masses(p)), o.rt * kLog2e};
+        const float mine = once.keep_chunks(s_long.peaks, chunks, mass);
         const AnyRow<Type, false, true> any{p, s_long.any, r, o, seed, offset};
-        const LaneMass mass = once.weigh(o.rt * kLog2e, longer == 0 && options.share < 1.0f);
         LongRow<Type>{p, s_long, reinterpret_cast<u32*>(chunks), any, mass}.choose(longer, options, mine, b);
       }
       return;

@@ -37,16 +37,13 @@ LEAD_ALONE = 116 * 1024
 LEAD_BLOCKS, LEAD_PARTS, LEAD_ROWS = 12, 5, 1024
 #: CTAs that share a row at the most, with penalties.
 CHANGED_PARTS = 8
-#: sizeof(CutShared) in csrc/cuda/sampling/sample_share_sm90.cuh, and how many tokens of 8 bytes each thread lists after it.
-CUT_BYTES, CUT_ROOM = 20944, 46
-#: CTAs that a row is shared by at most, and blocks of a share. Under top-p alone more share each of so few rows: one in each
-#: cluster of multiprocessors.
-MOST_PARTS, MOST_BLOCKS = 8, 448
+#: CTAs that share a row under top-p alone at the most. More share each of so few rows: one in each cluster of multiprocessors.
+MOST_PARTS = 8
 LARGE_PARTS, LARGE_CLUSTERS = 12, 7
-#: Up to how many blocks, 16-bit and float32, two launches are sooner than one, of rows of so many bytes and more; fewer than
-#: how many rows with penalties, and at odd addresses; up to how many of top-p with min-p.
-FEW_BLOCKS, FEW_BYTES = (512, 1024), 192 * 1024
-FEW_COUNTED, FEW_ODD, FEW_WEIGHED = 40, 100, 64
+#: Up to how many blocks, 16-bit and float32, two launches are sooner than one, of rows of so many bytes and more; up to how
+#: many rows of top-p with min-p; fewer than how many rows with penalties, and at odd addresses.
+FEW_BLOCKS, FEW_WEIGHED, FEW_BYTES = (512, 1024), 36, 192 * 1024
+FEW_COUNTED, FEW_ODD = 40, 100
 #: Threads of the kernel for top-p alone, which has a multiprocessor to itself; sizeof(ArriveShared) in
 #: csrc/cuda/sampling/sample_held_sm90.cuh and its bins; 10 bytes a group follow, so many in whole blocks.
 ARRIVE_THREADS, ARRIVE_BYTES = 512, 8064 + 4 * 14336
@@ -164,11 +161,13 @@ def holds_at_once(V: int) -> bool:
     return groups(V) <= MOST_LOCAL and V <= 1 << 18
 
 
-def few_at_once(kind: int, penalised: bool, B: int, V: int) -> bool:
-    """Whether rows are so few that two launches are the sooner, the first of which all multiprocessors share."""
+def few_at_once(kind: int, penalised: bool, B: int, V: int, weighed: bool = False) -> bool:
+    """Whether rows are so few that two launches are the sooner, the first of which all multiprocessors share. ``weighed``:
+    top-p without top-k."""
     if penalised:
         return (FEW_COUNTED if V % 4 == 0 else FEW_ODD) > B
-    return (4 if kind == F32 else 2) * V >= FEW_BYTES and B * -(-V // BLOCK) <= FEW_BLOCKS[kind == F32]
+    few = FEW_WEIGHED >= B if weighed else B * -(-V // BLOCK) <= FEW_BLOCKS[kind == F32]
+    return few and (4 if kind == F32 else 2) * V >= FEW_BYTES
 
 
 def at_once_bytes(kind: int, penalised: bool, V: int) -> int:
@@ -245,24 +244,6 @@ def filters(kind: int, ctas: int) -> Variant:
     return variant("sampling/sample_filter_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
 
 
-def cut(kind: int) -> Variant:
-    """csrc/cuda/sampling/sample_cut_sm90.cu: top-p with min-p without top-k, by lists."""
-    values = {"TYPE": kind, "CTAS": STREAM_CTAS}
-    return variant("sampling/sample_cut_sm90.cu", {f"ATTNKIT_{n}": v for n, v in values.items()})
-
-
-def parts(B: int, V: int, sms: int, long_lists: bool) -> int:
-    """CTAs that share a row: as many as find room at the same time, if each of their warps has a block.
-
-    Clusters of more than two do not fit everywhere: the larger, the fewer CTAs run at the same time. Where lists may be long
-    two CTAs are the least, for their room.
-    """
-    blocks, slots = -(-V // BLOCK), STREAM_CTAS * sms
-    fitting = (n for n in range(MOST_PARTS, 1, -1) if n * B <= slots * (1.0 if n == 2 else 0.84))
-    most = max(next(fitting, 1 + long_lists), -(-blocks // MOST_BLOCKS))
-    return max(1, min(MOST_PARTS, most, -(-blocks // (THREADS // 32))))
-
-
 def logprobs(kind: int, ctas: int) -> Variant:
     """csrc/cuda/sampling/sample_logprobs_sm90.cu."""
     values = {"TYPE": kind, "CTAS": ctas}
@@ -294,11 +275,11 @@ def shipped() -> list[Variant]:
     """What common calls ask for: slices that let three CTAs share a multiprocessor."""
     kinds = (F32, BF16, F16)
     draws = [draw(kind, *how) for kind in kinds for how in ((False, False), (False, True), (True, False))]
-    cuts = [v for kind in kinds for v in (filters(kind, 3), cut(kind))]
+    rest = [filters(kind, 3) for kind in kinds]
     firsts = [peaks(kind, penalised) for kind in kinds for penalised in (False, True)]
     arrivals = [top_p(kind, penalised) for kind in kinds for penalised in (False, True)]
     at_once = [once(kind, *how) for kind in kinds for how in ((False, False), (True, False), (False, True))]
     draws += [*(changed(kind) for kind in kinds), *(flow(kind) for kind in (BF16, F16))]
     tallies = [tally(lists) for lists in (False, True)]
     logs = [logprobs(kind, 3) for kind in kinds]
-    return [ring(), *tallies, *draws, *cuts, *firsts, *at_once, *arrivals, *logs]
+    return [ring(), *tallies, *draws, *rest, *firsts, *at_once, *arrivals, *logs]
