@@ -65,6 +65,12 @@ def cases() -> Iterator[tuple[Any, str]]:
         # By arrival, rows of a CTA each and rows that several share; flat rows, of which more is kept than lists hold.
         *(Sample(B=70, V=4100, top_k=k, min_p=0.01, dtype=kind) for k in (50, 300) for kind in ("fp32", "bf16")),
         Sample(B=60, V=70001, top_k=40, top_p=0.9),
+        # Min-p that keeps more than a list holds.
+        *(
+            Sample(B=60, V=V, min_p=0.05, temperature=6.0, penalties=p, dtype=d)
+            for V, p, d in ((70001, False, "fp32"), (70000, True, "bf16"))
+        ),
+        Sample(B=60, V=131072, min_p=0.05, top_p=0.5, temperature=6.0, dtype="bf16"),
         # Counted by value; with penalties by one launch, or by two.
         *(Sample(B=60, V=V, top_p=p, dtype="bf16") for V, p in ((4104, 0.9), (4104, 0.1), (131072, 0.9))),
         *(Sample(B=60, V=V, top_p=0.9, min_p=0.05, dtype="bf16") for V in (4104, 131072)),

@@ -5,6 +5,7 @@
 #pragma once
 #include "sample_any_sm90.cuh"
 #include "sample_counted_sm90.cuh"
+#include "sample_hot_sm90.cuh"
 #include "sample_rank_sm90.cuh"
 #include "sample_topk_sm90.cuh"
 
@@ -583,7 +584,10 @@ struct LongRow {
     const bool some = Penalised ? from >= -kF32Max : from > -kF32Max;
     Between enough{0, 0};
     if (mass.wanted) enough = enough_by_lanes(options.share, top);
-    if (!some || !collect(from)) return draw_unlisted<Type, Penalised>(p, s.any, b, k, top, enough);
+    if (!some || !collect(from)) {
+      if (k == 0) return draw_hot<Type, Penalised>(p, reinterpret_cast<char*>(&s), b, range.y, enough);
+      return draw_unlisted<Type, Penalised>(p, s.any, b, k, top, enough);
+    }
     any.list = s.keys, any.listed = s.n;
     if (k != 0) return draw_listed(Penalised ? min(k, static_cast<u32>(s.n)) : k, options, top, from);
     make_keys(Cells(top, 0.0f), false, top);

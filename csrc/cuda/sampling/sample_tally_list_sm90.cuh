@@ -3,12 +3,15 @@
 // drawn, if top-p keeps it: what precedes it is in these groups too.
 #pragma once
 #include "sample_any_sm90.cuh"
+#include "sample_hot_sm90.cuh"
 #include "sample_tally_row_sm90.cuh"
 #include "sample_topk_sm90.cuh"
 
 namespace attnkit::sampling {
 
 constexpr int kListSlots = kMostSlots * kSlotTokens / 16 * sizeof(u16) / kSlotBytes;  // for all groups
+
+constexpr int kHotGroups = 4096;  // listed ones from which on all of the row is read again instead
 
 struct TallyListShared : TallyRowShared {
   u64 bests[2][kTallyWarps];         // scores; of one draw and the next
@@ -197,8 +200,8 @@ struct TallyList : TallyRow {
     if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
   }
 
-  // False if it takes more to know who is drawn.
-  ATTNKIT_DEVICE bool draw() {
+  // False if it takes more to know who is drawn, which is then ``hot`` or nothing of the row is known.
+  ATTNKIT_DEVICE bool draw(bool& hot) {
     take_bound();
     if (!(fabsf(reference) < kF32Max)) reference = shift = 0.0f;  // the sample has no number
     if (warp == kAsker) check_options();
@@ -215,6 +218,8 @@ struct TallyList : TallyRow {
     const float lowest = s.o.cold ? top : TopkRow<kBf16, false>::below(__fadd_rn(warm(top, s.o), s.log_min_p) * s.o.t);
     const u32 bits = max_bits(kLeastNumber, bits_below(lowest));
     list_from(bits);
+    hot = !s.o.cold && s.n_holders > kHotGroups;
+    if (hot) return false;
     u64 drawn = kNobody;
 #pragma unroll 1
     for (int round = 0;; ++round) {

@@ -38,6 +38,23 @@ __device__ __noinline__ void draw_unknown_list(const SampleParams& p, char* memo
   if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
 }
 
+// Rows of which more is listed than is read soon, by all of a CTA: what else there was in shared memory is not needed any more. ``top``:
+// the largest logit.
+__device__ __noinline__ void draw_hot_list(const SampleParams& p, char* memory, int b, float top) {
+  using Row = HotRow<kBf16, false, kTallyWarps>;
+  static_assert(sizeof(HotShared) <= sizeof(TallyRowShared::counters) && Row::kRing <= 8 * kSlotBytes);  // LEAST_SLOTS
+  TallyListShared& s = *reinterpret_cast<TallyListShared*>(memory);
+  __syncthreads();  // nobody reads the list
+  const TallyOptions options = s.guess;
+  const RowOptions o = s.o;
+  const RowPointers r = row_pointers<kBf16>(p, b);
+  char* const ring = memory + kTallyBytes + p.blocks * (kBlock / 16) * 2;
+  const Philox noise(static_cast<u64>(options.seed), static_cast<u64>(options.offset), kOfTokens);
+  Row row{p, *reinterpret_cast<HotShared*>(s.counters), ring, r, o, noise, b, p.V, options.top_p, options.min_p, s.log_min_p};
+  const int id = row.draw(top, Between{0, 0});
+  if (threadIdx.x == 0) p.tokens[b] = max(id, 0), p.valid[b] = id >= 0;
+}
+
 // ``Lists``: there may be rows with min-p.
 template <bool Lists>
 ATTNKIT_DEVICE void sample_tally(const SampleParams& p) {
@@ -59,7 +76,13 @@ ATTNKIT_DEVICE void sample_tally(const SampleParams& p) {
   }
   __syncthreads();
   if (Lists && row.s.guess.listed()) {
-    if (TallyList(p, memory).draw()) return;
+    TallyList list(p, memory);
+    bool hot = false;
+    if (list.draw(hot)) return;
+    if (hot) {
+      draw_hot_list(p, memory, row.b, list.top);
+      return;
+    }
   } else {
     const int chosen = row.draw();
     if (chosen == kDrawn || (chosen >= 0 && look_closer(p, memory, chosen))) return;
