@@ -1,8 +1,8 @@
 """Builds attnkit._C and, where nvcc is found, the cubins of csrc/cuda.
 
 An editable install where no NVIDIA driver is leaves the cubins out: nothing there could load them, and they take
-minutes. A wheel and `build_ext --inplace` have them wherever nvcc is; ATTNKIT_NVCC names it, and says if empty that none
-is to be used.
+minutes. A wheel and `build_ext --inplace` have them wherever nvcc is. ATTNKIT_NVCC names an nvcc, which every install
+uses then, and says if empty that none is to be used.
 
 Files named *_avx2.cpp and *_avx512.cpp get their instruction set's flags; every other file is built for
 the baseline, so the module loads on any x86-64 (or other) machine and picks at run time.
@@ -88,7 +88,7 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         super().run()
-        if self.editable_mode and not has_driver():
+        if self.editable_mode and not has_driver() and not os.environ.get("ATTNKIT_NVCC"):
             print("CUDA kernels are left out: no NVIDIA driver was found (python setup.py build_ext --inplace compiles them)")
             return
         built = prebuild_cubins()
@@ -125,7 +125,7 @@ def prebuild_cubins() -> Path:
         for name in [n for n in sys.modules if n.split(".")[0] == "attnkit"]:
             del sys.modules[name]
     if not nvcc:
-        print("nvcc was not found: CUDA kernels will be compiled on first use")
+        print("no nvcc: CUDA kernels will be compiled on first use")
         return images.PREBUILT
     try:
         made = images.prebuild(builds.shipped(), nvcc, jobs=os.cpu_count() or 2)
